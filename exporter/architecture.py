@@ -1,0 +1,413 @@
+"""What the model class says, asked on the meta device: names, shapes, ties, dtype policy, and names on disk.
+
+No weight is ever loaded into the model, and nothing is downloaded. transformers 5 keeps some weights in memory under
+other names or fused; what belongs into files is what its own reverse conversion makes of a state dict, which is run here
+on meta tensors (seen in 5.24, ``core_model_loading.revert_weight_conversion``). In 4.x both are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from exporter.errors import CheckpointError, ExportError, RefusedError
+from exporter.tensors import DType, LazyTensor, StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "_forward_module.", "model.")
+"""What wrappers (DDP, torch.compile, PEFT, Lightning) put before the names of a model."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor on disk lies in memory: from element ``start`` of the tensor ``name``, ``shape`` elements long."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The model class's expectations; names are those in files unless said otherwise.
+
+    ``memory`` are the shapes of the state dict by their names in memory. ``disk`` maps each name in a file to its
+    place in memory. ``tied`` maps an alias to the name that is stored, both as in memory. ``input_embeddings``
+    and ``output_layers`` are the names whose first dimension is the vocabulary.
+    """
+
+    class_name: str
+    memory: Mapping[str, tuple[int, ...]]
+    disk: Mapping[str, Origin]
+    tied: Mapping[str, str]
+    input_embedding: str | None
+    output_layers: tuple[str, ...]
+    fp32_patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    optional: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    base_prefix: str = ""
+    renamed: Callable[[str], str] = str
+
+    def keeps_fp32(self, name: str, dtype: DType) -> bool:
+        """Whether the class loads the tensor ``name`` (as on disk) in fp32 although the model is loaded in ``dtype``."""
+        memory = self.disk[name].name
+        return any(re.search(rf"(^|\.){pattern}(\.|$)", memory) for pattern in self.fp32_patterns.get(dtype.value, ()))
+
+
+@dataclass(frozen=True)
+class Account:
+    """Every tensor of a checkpoint: written (by its name on disk), tied to one that is, or dropped for a reason.
+
+    ``tied_values`` are the tensors that were found under tied names, with the name on disk that they should equal.
+    """
+
+    weights: Mapping[str, LazyTensor]
+    tied: Mapping[str, str]
+    dropped: Mapping[str, str]
+    tied_values: Mapping[str, tuple[LazyTensor, str]]
+
+
+def ask_architecture(config: Mapping[str, Any], code: Mapping[str, bytes], *, trust_remote_code: bool) -> Architecture:
+    """What the class that ``config`` names expects; ``code`` are the checkpoint's own Python files by name.
+
+    Raises:
+        RefusedError: the class is custom code that may not be imported, or is unknown to this transformers.
+        CheckpointError: the class does not accept the config.
+    """
+    import torch
+
+    with _quiet(), tempfile.TemporaryDirectory(prefix="architecture-") as folder, torch.device("meta"):
+        model = _build(Path(folder), config, code if trust_remote_code else {}, trust_remote_code)
+        return _describe(model)
+
+
+def _build(folder: Path, config: Mapping[str, Any], code: Mapping[str, bytes], trusted: bool) -> Any:
+    from transformers import AutoConfig
+
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in code.items():
+        (folder / name).write_bytes(content)
+    kind = str((config.get("architectures") or [config.get("model_type")])[0])
+    try:
+        parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
+        return _model_class(folder, config, parsed, trusted)(parsed)
+    except ExportError:
+        raise
+    except Exception as error:
+        if config.get("auto_map") and not trusted:
+            raise RefusedError(
+                f"{kind} is the checkpoint's own code, which may not be imported.",
+                "Read its *.py files; if you trust them, add --trust_remote_code.",
+            ) from error
+        raise CheckpointError(
+            f"config.json does not describe a model that transformers can build as {kind}: {_one_line(error)}",
+            "Use the config.json that the model was trained with, and a transformers that knows it.",
+        ) from error
+
+
+def _model_class(folder: Path, config: Mapping[str, Any], parsed: Any, trusted: bool) -> Any:
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    names = config.get("architectures") or []
+    own = {entry.rpartition(".")[2]: entry for entry in _entries(config.get("auto_map")) if isinstance(entry, str)}
+    if not names:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(parsed)]
+    if trusted and names[0] in own:
+        return get_class_from_dynamic_module(own[names[0]], folder, local_files_only=True)
+    known = getattr(transformers, str(names[0]), None)
+    if known is None and names[0] in own:
+        raise RefusedError(
+            f"{names[0]} is the checkpoint's own code, which may not be imported.",
+            "Read its *.py files; if you trust them, add --trust_remote_code.",
+        )
+    if known is None:
+        raise RefusedError(
+            f"config.json names the architecture {names[0]!r}, which transformers {transformers.__version__} lacks.",
+            "Install a transformers that has it.",
+        )
+    return known
+
+
+def _entries(auto_map: Any) -> Iterator[Any]:
+    for value in auto_map.values() if isinstance(auto_map, dict) else ():
+        yield from value if isinstance(value, list) else [value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's remarks on configs, which the user did not write."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _describe(model: Any) -> Architecture:
+    import torch
+
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    tied = _tied_names(model, state)
+    disk = _disk_origins(model, {name: tensor for name, tensor in state.items() if name not in tied})
+    places = {origin.name: name for name, origin in disk.items()}
+
+    def stored(module: Any, attribute: str) -> str | None:
+        parameter = getattr(module, attribute, None)
+        names = (name for name, own in model.named_parameters(remove_duplicate=False) if own is parameter)
+        return next((places[name] for name in names if name in places), None)
+
+    embedding, output = _vocabulary_modules(model)
+    layers = (stored(output, "weight"), stored(output, "bias"))
+    first = stored(embedding, "weight")
+    return Architecture(
+        class_name=type(model).__name__,
+        memory={name: tuple(tensor.shape) for name, tensor in state.items()},
+        disk=disk,
+        tied=tied,
+        input_embedding=first,
+        output_layers=tuple(name for name in layers if name is not None and name != first),
+        fp32_patterns={dtype.value: _fp32_patterns(model, dtype) for dtype in (DType.BF16, DType.F16)},
+        optional=tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
+        ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        base_prefix=str(getattr(model, "base_model_prefix", "") or ""),
+        renamed=_forward_renaming(model),
+    )
+
+
+def _vocabulary_modules(model: Any) -> tuple[Any, Any]:
+    """The input embedding and the output layer; None for a model that has none."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    try:
+        output = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        output = None
+    return embedding, output
+
+
+def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Alias → stored name. transformers 5 expands its patterns itself; 4.x lists patterns of the aliases only."""
+    if hasattr(model, "get_expanded_tied_weights_keys"):
+        tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    else:
+        tied = _tied_by_list(model, state)
+    tied = {alias: target for alias, target in tied.items() if alias in state and target in state}
+    return {alias: _last_target(tied, target) for alias, target in tied.items()}
+
+
+def _last_target(tied: Mapping[str, str], name: str) -> str:
+    seen = {name}
+    while name in tied and tied[name] not in seen:
+        name = tied[name]
+        seen.add(name)
+    return name
+
+
+def _tied_by_list(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return {}
+    source = model.get_input_embeddings().weight
+    target = next((name for name, own in model.named_parameters() if own is source), None)
+    keys = [key for key in getattr(model, "_tied_weights_keys", None) or () if key != target]
+    aliases = [name for name in state if any(re.search(key, name) for key in keys) and name != target]
+    return {alias: target for alias in aliases if target is not None and state[alias].shape == state[target].shape}
+
+
+def _fp32_patterns(model: Any, dtype: DType) -> tuple[str, ...]:
+    """transformers 5 and 4.57 alike: the plain list counts for fp16 only, the strict one for bf16 too."""
+    strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    plain = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is DType.F16 else set()
+    return tuple(sorted(strict | plain))
+
+
+def _forward_renaming(model: Any) -> Callable[[str], str]:
+    """From older names in files to names in memory, for names that the library only renames."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return str
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    return lambda name: str(rename_source_key(name, renamings, [])[0])
+
+
+def _disk_origins(model: Any, state: dict[str, torch.Tensor]) -> dict[str, Origin]:
+    """The names in files, each with its place in memory.
+
+    The reverse conversion cuts fused weights with views, and copies of them for the file's sake. With the copies left
+    out, each result is a view that still knows the storage, offset and strides it came from.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        return {name: Origin(name, 0, tuple(tensor.shape)) for name, tensor in state.items()}
+    sources = {name: tensor.detach().clone() for name, tensor in state.items()}
+    owners = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
+    with _views_only():
+        converted = revert_weight_conversion(model, sources)
+    origins = {name: _origin(name, tensor, owners) for name, tensor in converted.items()}
+    order = {name: position for position, name in enumerate(state)}
+    return dict(sorted(origins.items(), key=lambda item: (order[item[1].name], item[1].start)))
+
+
+def _origin(name: str, tensor: torch.Tensor, owners: Mapping[int, str]) -> Origin:
+    owner = owners.get(tensor.untyped_storage()._cdata)
+    if owner is None or not tensor.is_contiguous():
+        raise RefusedError(
+            f"{name} is stored in another form than it has in memory, and there is no exact way back.",
+            "Export a folder that save_pretrained wrote.",
+        )
+    return Origin(owner, int(tensor.storage_offset()), tuple(tensor.shape))
+
+
+def _views_only() -> Any:
+    """A mode in which ``clone`` and ``contiguous`` give back the view that they were asked to copy."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class ViewsOnly(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.clone.default:
+                return torch.ops.aten.alias.default(args[0])
+            return func(*args, **(kwargs or {}))
+
+    return ViewsOnly()
+
+
+def account(architecture: Architecture, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str]) -> Account:
+    """Match the checkpoint's ``tensors`` with what the architecture expects, name by name and shape by shape.
+
+    ``aliases`` are the checkpoint's own ties: names that are stored under another.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or of another shape.
+    """
+    readings = [_read_as(architecture, renamed, aliases) for renamed in _renamings(architecture, tensors)]
+    best = min(readings, key=lambda reading: len(reading.missing) + len(reading.unexpected) + len(reading.misshapen))
+    _require_complete(architecture, best)
+    return best.account
+
+
+@dataclass(frozen=True)
+class _Reading:
+    account: Account
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+
+def _renamings(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> Iterator[dict[str, LazyTensor]]:
+    """The tensors under the names that they may mean, likelier ones first."""
+    yield dict(tensors)
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            yield from _renamings(architecture, {name[len(prefix) :]: tensor for name, tensor in tensors.items()})
+    if architecture.base_prefix:
+        yield {f"{architecture.base_prefix}.{name}": tensor for name, tensor in tensors.items()}
+    yield {architecture.renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def _read_as(architecture: Architecture, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str]) -> _Reading:
+    in_memory = sum(name in architecture.memory for name in tensors)
+    on_disk = sum(name in architecture.disk for name in tensors)
+    full = dict(tensors) | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
+    find = _find_in_memory(architecture, full) if in_memory > on_disk else full.get
+    weights, missing, misshapen = {}, [], []
+    for name, origin in architecture.disk.items():
+        tensor = find(name)
+        if tensor is None:
+            if not any(re.search(pattern, name) for pattern in architecture.optional):
+                missing.append(name)
+        elif tensor.shape != origin.shape:
+            misshapen.append(f"{name} {list(tensor.shape)}, expected {list(origin.shape)}")
+        else:
+            weights[name] = tensor
+    known = architecture.memory.keys() if in_memory > on_disk else architecture.disk.keys()
+    return _sort_rest(architecture, full, weights, known, missing, misshapen)
+
+
+def _sort_rest(
+    architecture: Architecture,
+    full: Mapping[str, LazyTensor],
+    weights: Mapping[str, LazyTensor],
+    known: Any,
+    missing: list[str],
+    misshapen: list[str],
+) -> _Reading:
+    """The tensors that are not written: tied aliases, what the class ignores, and what nobody expects."""
+    places = {origin.name: name for name, origin in architecture.disk.items()}
+    tied: dict[str, str] = {}
+    values: dict[str, tuple[LazyTensor, str]] = {}
+    dropped: dict[str, str] = {}
+    unexpected = []
+    for name, tensor in full.items():
+        alias = name if name in architecture.tied else architecture.renamed(name)
+        if alias in architecture.tied:
+            tied[name] = places[architecture.tied[alias]]
+            values[name] = (tensor, tied[name])
+            dropped[name] = f"tied to {tied[name]}"
+        elif name in known:
+            continue
+        elif any(re.search(pattern, name) for pattern in architecture.ignored) or _is_derived(name):
+            dropped[name] = "not loaded by the architecture"
+        else:
+            unexpected.append(name)
+    for alias, target in architecture.tied.items():
+        tied.setdefault(alias, places[target])
+    return _Reading(Account(weights, tied, dropped, values), missing, unexpected, misshapen)
+
+
+def _is_derived(name: str) -> bool:
+    """Buffers that old versions of the library saved and that every later one computes."""
+    return re.search(r"\.(rotary_emb\.inv_freq|attn(ention)?\.(masked_)?bias|masked_bias)$", name) is not None
+
+
+def _find_in_memory(
+    architecture: Architecture, tensors: Mapping[str, LazyTensor]
+) -> Callable[[str], LazyTensor | None]:
+    """From a name on disk to that part of the tensors in memory; a tied name stands for the one that is stored."""
+    targets = {target: alias for alias, target in architecture.tied.items() if alias in tensors}
+
+    def find(name: str) -> LazyTensor | None:
+        origin = architecture.disk[name]
+        whole = tensors.get(origin.name, tensors.get(targets.get(origin.name, "")))
+        if whole is None or origin.shape == architecture.memory[origin.name]:
+            return whole
+        if whole.shape != architecture.memory[origin.name] or not isinstance(whole, StoredTensor):
+            return whole
+        return whole.slice(origin.start, origin.shape)
+
+    return find
+
+
+def _require_complete(architecture: Architecture, reading: _Reading) -> None:
+    kinds = (("missing", reading.missing), ("unexpected", reading.unexpected), ("of another shape", reading.misshapen))
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in kinds
+        if names
+    ]
+    if faults:
+        raise CheckpointError(
+            f"The weights are not those of {architecture.class_name}: {'; '.join(faults)}.",
+            "Check that config.json belongs to these weights and that the checkpoint is whole.",
+        )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "…"

@@ -1,0 +1,66 @@
+"""Opening a checkpoint: one module per format, and :func:`open_checkpoint` that tells them apart.
+
+Opening reads metadata only: pickles and headers, no tensor data. To add a format, write a module with ``is_<format>``
+and ``open_<format>`` and name both in ``_FORMATS``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
+from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
+from exporter.checkpoints.zero import is_zero, open_zero
+from exporter.errors import CheckpointError, IncompleteCheckpointError, UsageError
+
+__all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
+
+_FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
+    (is_zero, open_zero),
+    (is_pretrained, lambda folder, tag: open_pretrained(folder)),
+)
+
+
+def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:
+    """The checkpoint at ``path``, or the newest complete ``checkpoint-N`` of the run at ``path``.
+
+    Raises:
+        UsageError: there is no such folder, or no such tag.
+        CheckpointError: nothing there can be read whole and safely.
+        RefusedError: what is there cannot be exported.
+    """
+    if not path.is_dir():
+        raise UsageError(f"There is no checkpoint folder {path.name!r}.", "Name the folder that the training wrote.")
+    runs = sorted(
+        (entry for entry in path.iterdir() if re.fullmatch(r"checkpoint-\d{1,18}", entry.name) and entry.is_dir()),
+        key=lambda entry: int(entry.name.partition("-")[2]),
+    )
+    return _open_newest(runs, tag) if runs else _open_folder(path, tag)
+
+
+def _open_newest(runs: list[Path], tag: str | None) -> Checkpoint:
+    notes: list[str] = []
+    for folder in reversed(runs):
+        try:
+            checkpoint = _open_folder(folder, tag)
+        except IncompleteCheckpointError as error:
+            if folder is runs[0]:
+                raise
+            notes.append(f"{folder.name} is incomplete and is not exported: {error.message}")
+        else:
+            notes.append(f"{folder.name} is the newest complete checkpoint of this run.")
+            return replace(checkpoint, notes=(*notes, *checkpoint.notes))
+    raise AssertionError("a run has at least one checkpoint")
+
+
+def _open_folder(folder: Path, tag: str | None) -> Checkpoint:
+    for is_format, open_format in _FORMATS:
+        if is_format(folder):
+            return open_format(folder, tag)
+    raise CheckpointError(
+        f"{folder.name} is no checkpoint: it has no DeepSpeed tag, no safetensors and no pytorch_model.bin file.",
+        "Name the folder that the training wrote (with latest, model.safetensors, or checkpoint-N folders).",
+    )

@@ -1,0 +1,63 @@
+"""What opening a checkpoint yields: its weights as lazy tensors, and the facts about where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from exporter.errors import CheckpointError
+from exporter.tensors import DType, LazyTensor
+
+WeightsChoice = Literal["auto", "master", "model"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint, opened: metadata only, no tensor data.
+
+    ``model`` are the model's own weights (for DeepSpeed its 16-bit copy), ``master`` the optimizer's fp32 ones; each
+    maps names to lazy tensors and is None where the checkpoint has none. ``aliases`` maps a tied name to the name that
+    is stored. ``folder`` holds config.json and the tokenizer.
+    """
+
+    format: str
+    folder: Path
+    model: Mapping[str, LazyTensor] | None = None
+    master: Mapping[str, LazyTensor] | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    zero_stage: int | None = None
+    world_size: int | None = None
+    tag: str | None = None
+    step: int | None = None
+    deepspeed_config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def choose(self, weights: WeightsChoice, is_exact: Callable[[str, DType], bool]) -> Literal["master", "model"]:
+        """Which of the two sets of weights an export reads.
+
+        auto means the model's own copy where ``is_exact(name, dtype)`` says of every tensor of it that it already has
+        the dtype that will be written, or where it is all there is; else the master weights.
+
+        Raises:
+            CheckpointError: the chosen weights are not in the checkpoint.
+        """
+        if weights == "auto":
+            model = self.model or {}
+            exact = bool(model) and all(is_exact(name, tensor.dtype) for name, tensor in model.items())
+            return "model" if exact or self.master is None else "master"
+        if getattr(self, weights) is None:
+            raise CheckpointError(
+                f"The checkpoint has no {_DESCRIPTIONS[weights]}.", "Leave --weights out to take what is there."
+            )
+        return weights
+
+    def weights(self, chosen: Literal["master", "model"]) -> Mapping[str, LazyTensor]:
+        """The tensors of one of the two sets, by name."""
+        tensors = self.master if chosen == "master" else self.model
+        assert tensors is not None
+        return tensors
+
+
+_DESCRIPTIONS = {"master": "fp32 master weights", "model": "copy of the model's own weights"}

@@ -1,0 +1,338 @@
+"""The commands: options into values, errors into exit codes, results onto stdout.
+
+Nothing heavy is imported before a command runs, so that help and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from exporter import __version__
+from exporter.errors import ExportError
+
+if TYPE_CHECKING:
+    from exporter.report import Report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DTYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "keep": "keep"}
+DTYPES |= {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+NOT_ON_CARD = frozenset(
+    [
+        "no_publish",
+        "output_folder",
+        "private",
+        "revision",
+        "create_pr",
+        "release_tag",
+        "commit_message",
+        "rehearse",
+        "dry_run",
+        "verify",
+        "overwrite",
+        "jobs",
+        "report",
+        "as_json",
+        "quiet",
+    ]
+)
+"""Options that do not change a byte of the export: the card's export command and the manifest leave them out."""
+
+
+class HyphenCommand(click.Command):
+    """Takes every long option with hyphens as well as with underscores, and from EXPORT_MODEL_<NAME>."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        arguments = [_underscored(argument) for argument in args]
+        _, _, ctx.meta["order"] = self.make_parser(ctx).parse_args(list(arguments))
+        return super().parse_args(ctx, arguments)
+
+
+def _underscored(argument: str) -> str:
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
+    """A click option that can also come from the environment."""
+    long = next(name for name in names if name.startswith("--")).split("/")[0]
+    return click.option(*names, envvar=f"EXPORT_MODEL_{long.strip('- ').upper()}", **attributes)
+
+
+def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help text."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+checkpoint_options = options(
+    option("--tag", metavar="TAG", help="DeepSpeed tag, instead of what `latest` names."),
+    option("--trust_remote_code", is_flag=True, help="Let this process import the checkpoint's own Python files."),
+)
+"""Which checkpoint, and what of it."""
+
+
+weight_options = options(
+    option(
+        "--dtype",
+        type=click.Choice(list(DTYPES)),
+        default="bf16",
+        show_default=True,
+        help="Type of floating-point weights.",
+    ),
+    option(
+        "--weights",
+        type=click.Choice(["auto", "master", "model"]),
+        default="auto",
+        show_default=True,
+        help="DeepSpeed: the fp32 master weights, or the model's own copy. auto: the copy where it is exact.",
+    ),
+    option("--max_shard_size", metavar="SIZE", default="5GB", show_default=True, help="Upper bound of a weight file."),
+    option("--allow_nonfinite", is_flag=True, help="Export NaN and infinite weights."),
+    option(
+        "--prompt_format",
+        metavar="auto|oasst|chatml|none|FILE",
+        default="auto",
+        show_default=True,
+        help="Special tokens and chat template.",
+    ),
+    option("--special_token", "special_tokens", metavar="TOKEN", multiple=True, help="Add this token too."),
+)
+"""What is written."""
+
+
+card_options = options(
+    option("--license", metavar="ID", help="License, as the Hub names it."),
+    option("--base_model", metavar="NS/NAME", help="What this model is a fine-tuning of."),
+    option("--language", "languages", metavar="CODE", multiple=True, help="Language of the model."),
+    option("--dataset", "datasets", metavar="NS/NAME", multiple=True, help="Dataset it was trained on."),
+    option("--card_template", type=_FILE, help="Jinja template of the model card."),
+    option("--training_config", "training_configs", type=_FILE, multiple=True, help="YAML file of the training."),
+    option("--train_command", metavar="TEXT", help="The command that trained the model."),
+)
+"""Facts for the model card."""
+
+publish_options = options(
+    option("--hf_repo_name", metavar="NS/NAME", help="Publish there."),
+    option("--auth_token", metavar="TOKEN", help="Hub token. Safer: HF_TOKEN, or the saved login."),
+    option("--private/--public", default=True, show_default=True, help="Visibility of a new repository."),
+    option("--revision", metavar="BRANCH", default="main", show_default=True, help="Branch to commit to."),
+    option("--create_pr", is_flag=True, help="Commit to a pull request."),
+    option("--release_tag", metavar="NAME", help="Tag the commit."),
+    option("--commit_message", metavar="TEXT", help="Message of the commit."),
+    option("--rehearse", is_flag=True, help="Publish to a throw-away Hub on this machine, read back and load."),
+    option("--no_publish", is_flag=True, help="Everything but the publishing; needs no token."),
+)
+"""Where it is published."""
+
+folder_options = options(
+    option("--output_folder", type=click.Path(path_type=Path), metavar="DIR", help="Keep the exported folder there."),
+    option("--overwrite", is_flag=True, help="Replace what is at --output_folder."),
+    option("--dry_run", is_flag=True, help="Print the plan; write and send nothing."),
+    option(
+        "--verify",
+        type=click.Choice(["files", "source", "load"]),
+        default="source",
+        show_default=True,
+        help="How far the result is checked; each includes the one before.",
+    ),
+    option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, help="Shards at a time.  [default: cores]"),
+)
+"""What is kept on this machine, and how the result is checked."""
+
+result_options = options(
+    option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a JSON report."),
+    option("--json", "as_json", is_flag=True, help="Print the report instead of text."),
+    option("--quiet", is_flag=True, help="No notes and no progress."),
+)
+"""How the result is told."""
+
+
+@click.command(cls=HyphenCommand, context_settings={"max_content_width": 120})
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_options
+@weight_options
+@card_options
+@publish_options
+@folder_options
+@result_options
+@click.version_option(__version__, package_name="export-model")
+@click.pass_context
+def export(ctx: click.Context, /, **values: Any) -> None:
+    """Export CHECKPOINT, a DeepSpeed or Hugging Face folder or a training run's output, as a model repository."""
+    if not (values["hf_repo_name"] or values["output_folder"] or values["rehearse"] or values["dry_run"]):
+        raise click.UsageError("Say where to: --hf_repo_name, --output_folder, --rehearse or --dry_run.")
+    with ending(values["report"], values["as_json"]) as report:
+        from exporter.console import Console
+        from exporter.export import Options, run_export
+
+        options = _options(Options, ctx, values)
+        console = Console(values["quiet"])
+        if ctx.get_parameter_source("auth_token") is ParameterSource.COMMANDLINE:
+            console.warn("--auth_token can be read by other users of this machine; HF_TOKEN or the saved login cannot.")
+        run_export(options, report, console)
+    _print_result(report, values["as_json"], _export_lines)
+
+
+@click.command(cls=HyphenCommand)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_options
+@result_options
+def inspect(
+    checkpoint: Path, tag: str | None, trust_remote_code: bool, report: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Say what CHECKPOINT holds; no tensor data is read."""
+    with ending(report, as_json) as findings:
+        from exporter.console import Console
+        from exporter.inspection import run_inspect
+
+        run_inspect(checkpoint, tag, trust_remote_code, findings, Console(quiet))
+    _print_result(findings, as_json, _inspect_lines)
+
+
+@click.group(context_settings={"max_content_width": 120})
+@click.version_option(__version__, package_name="export-model")
+def main() -> None:
+    """From a finished training run to a model repository that anybody can load."""
+
+
+main.add_command(export)
+main.add_command(inspect)
+
+
+def _options(kind: type[Any], ctx: click.Context, values: dict[str, Any]) -> Any:
+    from exporter.plan import parse_size
+
+    fields = {name: value for name, value in values.items() if name not in ("report", "as_json", "quiet")}
+    fields["dtype"] = DTYPES[fields["dtype"]]
+    fields["max_shard_size"] = parse_size(fields["max_shard_size"])
+    for name in ("special_tokens", "languages", "datasets", "training_configs"):
+        fields[name] = tuple(fields[name])
+    return kind(**fields, command=_card_command(ctx))
+
+
+def _card_command(ctx: click.Context) -> str:
+    """The command that was run, without the token, local paths, and options that change nothing in the export."""
+    given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is not ParameterSource.DEFAULT]
+    ordered = [*dict.fromkeys(ctx.meta["order"]), *given]
+    words = [_card_words(parameter, ctx.params.get(parameter.name or "")) for parameter in dict.fromkeys(ordered)]
+    return " ".join(["python export_model.py", *filter(None, words)])
+
+
+def _card_words(parameter: click.Parameter, value: Any) -> str:
+    if parameter.name == "checkpoint":
+        return "<output_path>"
+    if parameter.name == "auth_token":
+        return "--auth_token <auth_token>"
+    if parameter.name in NOT_ON_CARD or value is None or value is False:
+        return ""
+    if value is True:
+        return parameter.opts[0]
+    items = [
+        item.name if isinstance(item, Path) else str(item) for item in (value if isinstance(value, tuple) else (value,))
+    ]
+    return " ".join(f"{parameter.opts[0]} {shlex.quote(item)}" for item in items)
+
+
+@contextmanager
+def ending(report_path: Path | None, as_json: bool) -> Iterator[Report]:
+    """Every way in which a command can end: its exit code, its line, its report."""
+    from exporter.report import Report
+
+    report = Report()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield report
+        code = 0
+    except ExportError as error:
+        code = error.exit_code
+        report.fail(code, error.kind, error.message, error.hint)
+        _say_failure(error.message, error.hint, bool(os.environ.get("EXPORT_MODEL_DEBUG")))
+    except KeyboardInterrupt:
+        code, message, hint = 130, "Interrupted.", "Run the same command again to finish."
+        report.fail(code, "interrupted", message, hint)
+        _say_failure(message, hint, debug=False)
+    except Exception as error:
+        code = 1
+        report.fail(code, "bug", f"{type(error).__name__}: {error}", "Please report this with the traceback.")
+        traceback.print_exc()
+    if report_path is not None:
+        code = _write_report(report, report_path) or code
+    if code:
+        if as_json:
+            click.echo(report.dump())
+        sys.exit(code)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say_failure(message: str, hint: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"Error: {message}", err=True)
+    click.echo(f"Hint: {hint}", err=True)
+
+
+def _write_report(report: Report, path: Path) -> int:
+    """Zero, or the exit code of a report that cannot be written."""
+    try:
+        report.write(path)
+    except ExportError as error:
+        _say_failure(error.message, error.hint, debug=False)
+        return error.exit_code
+    return 0
+
+
+def _print_result(report: Report, as_json: bool, lines: Callable[[dict[str, Any]], Sequence[str]]) -> None:
+    for line in [report.dump()] if as_json else lines(report.as_dict()):
+        click.echo(line)
+
+
+def _export_lines(report: dict[str, Any]) -> list[str]:
+    output, tensors, hub = report["output"], report["tensors"], report["hub"]
+    lines = [
+        f"{report['status']}: {output['shards']} weight file(s), {output['total_size']:,} bytes of {output['dtype']}, "
+        f"{tensors['written']} tensors ({tensors['cast']} cast, {len(tensors['tied'])} tied, {len(tensors['dropped'])} dropped)"
+    ]
+    lines += [f"  {file['size']:>15,}  {file['path']}" for file in output["files"]]
+    lines += [f"{check['name']}: {check['status']} ({check['detail']})" for check in report["checks"]]
+    if output.get("folder"):
+        lines.append(f"folder: {output['folder']}")
+    if hub:
+        lines.append(hub["url"])
+    return lines
+
+
+def _inspect_lines(report: dict[str, Any]) -> list[str]:
+    return [f"{key}: {_brief(value)}" for key, value in report["checkpoint"].items() if value is not None]
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

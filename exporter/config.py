@@ -1,0 +1,180 @@
+"""config.json, generation_config.json and the checkpoint's own code: edited as JSON, never re-made.
+
+Loading a config into its class and saving it again drops and renames keys that other readers need. Only what the export
+changes is changed: the dtype, the rows of the vocabulary, the special token ids, and what only this machine can resolve.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoints.folder import read_json, regular_size
+from exporter.errors import CheckpointError, RefusedError
+from exporter.tensors import DType
+from exporter.tokenizer import Vocabulary
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""NAMESPACE/NAME, as the Hub allows it."""
+
+_GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        CheckpointError: it is not there or broken.
+        RefusedError: it describes quantized weights, which have no bf16, fp16 or fp32 form to export.
+    """
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            "There is no config.json in the checkpoint folder, so nothing says what model its weights belong to.",
+            "Copy the config.json of the model that was trained into the checkpoint folder.",
+        )
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        raise RefusedError(
+            "config.json has a quantization_config: quantized weights are not exported.",
+            "Dequantize the model first, or remove the key if the weights are not quantized.",
+        )
+    return config
+
+
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """The checkpoint's generation_config.json, or None where it has none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.exists() else None
+
+
+def edit_config(
+    config: Mapping[str, Any], *, vocabulary: Vocabulary, rows: int | None, dtype: DType, tied: bool | None
+) -> dict[str, Any]:
+    """config.json for weights of ``dtype`` and an embedding of ``rows`` rows (None: the model has no embedding).
+
+    ``tied`` is written as tie_word_embeddings where it is not None. transformers 4 looks for ``torch_dtype``,
+    ``rope_theta`` and ``rope_scaling`` at the top level, transformers 5 for ``dtype`` and ``rope_parameters``: both are
+    written.
+    """
+    edited = copy.deepcopy(dict(config))
+    name = edited.get("_name_or_path")
+    if name is not None and not HUB_ID.fullmatch(str(name)):
+        del edited["_name_or_path"]
+    edited |= {"dtype": dtype.value, "torch_dtype": dtype.value}
+    for part in _parts(edited):
+        if "dtype" in part or "torch_dtype" in part:
+            part |= {key: dtype.value for key in ("dtype", "torch_dtype") if key in part}
+        _copy_rope(part)
+    text = _text_part(edited)
+    if rows is not None:
+        text["vocab_size"] = rows
+    for part in {id(part): part for part in (edited, text)}.values():
+        _agree_on_tokens(part, vocabulary)
+    if tied is not None:
+        edited["tie_word_embeddings"] = tied
+    for key, entry in (edited.get("auto_map") or {}).items():
+        edited["auto_map"][key] = _localize(entry)
+    return edited
+
+
+def edit_generation_config(
+    generation_config: Mapping[str, Any] | None, config: Mapping[str, Any], vocabulary: Vocabulary
+) -> dict[str, Any] | None:
+    """generation_config.json with the tokenizer's special token ids; made where a generating model has none.
+
+    Custom code that has none gets none: it may not know what to do with it.
+    """
+    if generation_config is None:
+        architecture = str((config.get("architectures") or [""])[0])
+        if config.get("auto_map") or not architecture.endswith(_GENERATING):
+            return None
+    edited = copy.deepcopy(dict(generation_config or {}))
+    _agree_on_tokens(edited, vocabulary, stops=True)
+    return edited
+
+
+def dump_json(value: Mapping[str, Any]) -> bytes:
+    """JSON as Hugging Face libraries write it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def code_files(folder: Path, config: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, bytes]:
+    """The Python files that the auto_map of ``config`` (and of ``others``) names, and what they import from beside
+    them, by name. They are read as text; nothing is imported.
+
+    Raises:
+        RefusedError: a module that is named or imported does not lie in the folder.
+    """
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    wanted = [
+        (str(_localize(entry)).partition(".")[0], f"auto_map names {entry}")
+        for source in (config, *others)
+        for entry in _entries(source.get("auto_map") or {})
+    ]
+    files: dict[str, bytes] = {}
+    while wanted:
+        module, reason = wanted.pop()
+        name = f"{module}.py"
+        if name in files:
+            continue
+        if not module.isidentifier() or not (folder / name).exists():
+            raise RefusedError(
+                f"{reason}, but {name} is not in the checkpoint folder.",
+                f"Copy {name} there, with the files that it imports.",
+            )
+        regular_size(folder / name)
+        files[name] = (folder / name).read_bytes()
+        wanted += [(imported, f"{name} imports .{imported}") for imported in get_relative_imports(folder / name)]
+    return files
+
+
+def _entries(auto_map: Mapping[str, Any]) -> list[str]:
+    values = [entry for value in auto_map.values() for entry in (value if isinstance(value, list) else [value])]
+    return [entry for entry in values if isinstance(entry, str)]
+
+
+def _localize(entry: Any) -> Any:
+    """``other/repo--module.Class`` as ``module.Class``; an entry may be a list with None in it."""
+    if isinstance(entry, list):
+        return [_localize(item) for item in entry]
+    return entry.rpartition("--")[2] if isinstance(entry, str) else entry
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config itself and the configs of the model's parts, such as text_config."""
+    nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
+    return [config, *nested]
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The config that describes the vocabulary."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) and "vocab_size" not in config else config
+
+
+def _copy_rope(part: dict[str, Any]) -> None:
+    rope = part.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    part["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        part["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+
+
+def _agree_on_tokens(part: dict[str, Any], vocabulary: Vocabulary, stops: bool = False) -> None:
+    """bos, eos and pad ids as the tokenizer has them; generation also stops at the end of a turn."""
+    for key, number in (("bos_token_id", vocabulary.bos_id), ("pad_token_id", vocabulary.pad_id)):
+        if number is not None:
+            part[key] = number
+    if vocabulary.eos_id is None:
+        return
+    present = part.get("eos_token_id")
+    ids = present if isinstance(present, list) and vocabulary.eos_id in present else [vocabulary.eos_id]
+    if stops and vocabulary.end_of_turn_id is not None and vocabulary.end_of_turn_id not in ids:
+        ids = [*ids, vocabulary.end_of_turn_id]
+    part["eos_token_id"] = ids if len(ids) > 1 else ids[0]

@@ -1,0 +1,528 @@
+"""The recipe: from a checkpoint to a published model repository, read top to bottom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from exporter.architecture import Account, Architecture, account, ask_architecture
+from exporter.card import (
+    QUESTION,
+    CardFacts,
+    PromptFacts,
+    TrainingConfig,
+    read_card_metadata,
+    read_training_facts,
+    render_card,
+)
+from exporter.checkpoints import Checkpoint, WeightsChoice, open_checkpoint
+from exporter.config import (
+    code_files,
+    dump_json,
+    edit_config,
+    edit_generation_config,
+    read_config,
+    read_generation_config,
+)
+from exporter.console import Console
+from exporter.errors import OutputError, RefusedError, UsageError
+from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, publish
+from exporter.manifest import MANIFEST_NAME, Manifest, source_files
+from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
+from exporter.report import Report, package_versions
+from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
+from exporter.staging import check_output_folder, place, staging_folder
+from exporter.tensors import DType, GrownTensor, LazyTensor
+from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
+from exporter.verify import Check, check_file, check_loads, check_shard, require_equal
+
+_TARGETS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "keep": None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. ``command`` is how the card shows it; ``max_shard_size`` is in bytes."""
+
+    checkpoint: Path
+    tag: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "bf16"
+    weights: WeightsChoice = "auto"
+    max_shard_size: int = 5_000_000_000
+    allow_nonfinite: bool = False
+    prompt_format: str = "auto"
+    special_tokens: tuple[str, ...] = ()
+    license: str | None = None
+    base_model: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    card_template: Path | None = None
+    training_configs: tuple[Path, ...] = ()
+    train_command: str | None = None
+    hf_repo_name: str | None = None
+    auth_token: str | None = None
+    private: bool = True
+    revision: str = "main"
+    create_pr: bool = False
+    release_tag: str | None = None
+    commit_message: str | None = None
+    rehearse: bool = False
+    no_publish: bool = False
+    output_folder: Path | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    verify: str = "source"
+    jobs: int = 1
+    command: str = ""
+
+    @property
+    def repo_name(self) -> str | None:
+        """The repository that the card names; a rehearsal without a name gets one."""
+        return self.hf_repo_name or ("rehearsal/model" if self.rehearse else None)
+
+    @property
+    def publishes(self) -> bool:
+        return self.hf_repo_name is not None and not self.no_publish and not self.rehearse
+
+    @property
+    def destination(self) -> Destination:
+        return Destination(
+            repo_id=self.repo_name or "",
+            revision=self.revision,
+            private=self.private,
+            create_pr=self.create_pr,
+            release_tag=self.release_tag,
+            commit_message=self.commit_message,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the first byte is written."""
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    account: Account
+    plan: ExportPlan
+    dtype: DType
+    texts: Mapping[str, bytes]
+
+
+def run_export(options: Options, report: Report, console: Console) -> None:
+    """Export ``options.checkpoint``; ``report`` is filled as the run goes on.
+
+    Raises:
+        ExportError: as the stages raise it; nothing half-made is left behind or published.
+    """
+    destination = options.destination if options.repo_name else None
+    if options.output_folder is not None:
+        check_output_folder(options.output_folder, options.checkpoint, options.overwrite)
+    with report.timed("prepare"):
+        prepared = prepare(options, report, console)
+    card = prepared.texts["README.md"].decode()
+    connection = None
+    if destination is not None and options.publishes:
+        with report.timed("connect"):
+            connection = connect(destination, token=options.auth_token, card=card, note=console.note)
+    if options.dry_run:
+        report.status = "planned"
+        return
+    with staging_folder(options.output_folder, prepared.plan.total_size) as folder:
+        files = write(prepared, folder, options, report, console)
+        if options.verify == "load":
+            with report.timed("load"):
+                report.checks.append(check_loads(folder, _prompt(prepared.vocabulary), options.trust_remote_code))
+        report.status = "exported"
+        if options.rehearse and destination is not None:
+            rehearse(destination, folder, files, prepared, options, report, console)
+        elif connection is not None:
+            publish_files(connection, folder, files, report, console)
+        if options.output_folder is not None:
+            place(folder, options.output_folder)
+            report.output["folder"] = str(options.output_folder)
+
+
+# Before the first byte
+
+
+def prepare(options: Options, report: Report, console: Console) -> Prepared:
+    """Open the checkpoint, settle the tokenizer, match the weights with the architecture, plan every file."""
+    checkpoint = open_checkpoint(options.checkpoint, options.tag)
+    for note in checkpoint.notes:
+        console.note(note)
+    config, generation_config = read_config(checkpoint.folder), read_generation_config(checkpoint.folder)
+    vocabulary = settle_vocabulary(
+        checkpoint.folder,
+        prompt_format=options.prompt_format,
+        special_tokens=options.special_tokens,
+        config=config,
+        generation_config=generation_config,
+    )
+    code = code_files(checkpoint.folder, config)
+    architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
+    target = _TARGETS[options.dtype]
+    chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
+    report.checkpoint = describe(checkpoint, chosen)
+    matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
+    require_equal(matched.tied_values, matched.weights)
+    weights, rows = grow(architecture, matched.weights, vocabulary)
+    dtypes = {name: _written_dtype(architecture, name, tensor.dtype, target) for name, tensor in weights.items()}
+    plan = plan_export(weights, dtypes, options.max_shard_size)
+    for note in plan.notes:
+        console.warn(note)
+    dtype = target or _most_common(plan)
+    edited = edit_config(config, vocabulary=vocabulary, rows=rows, dtype=dtype, tied=None)
+    texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
+    generation = edit_generation_config(generation_config, config, vocabulary)
+    if generation is not None:
+        texts["generation_config.json"] = dump_json(generation)
+    if plan.index is not None:
+        texts[INDEX_NAME] = plan.index
+    facts = card_facts(options, checkpoint, config, architecture, vocabulary, plan, dtype)
+    texts["README.md"] = render_card(facts, options.card_template).encode()
+    report.vocabulary = _describe_vocabulary(vocabulary, rows)
+    report.tensors = _describe_tensors(plan, matched, dtype)
+    report.output = _describe_plan(plan, dtype, texts)
+    return Prepared(checkpoint, vocabulary, matched, plan, dtype, texts)
+
+
+def _exactness(architecture: Architecture, target: DType | None) -> Any:
+    def is_exact(name: str, dtype: DType) -> bool:
+        place = (
+            name
+            if name in architecture.disk
+            else next((disk for disk, origin in architecture.disk.items() if origin.name == name), None)
+        )
+        return place is None or dtype is _written_dtype(architecture, place, dtype, target)
+
+    return is_exact
+
+
+def _written_dtype(architecture: Architecture, name: str, dtype: DType, target: DType | None) -> DType:
+    """The dtype in which the tensor ``name`` of ``dtype`` is written."""
+    if target is None or not dtype.is_floating:
+        return dtype
+    return DType.F32 if architecture.keeps_fp32(name, target) else target
+
+
+def grow(
+    architecture: Architecture, weights: Mapping[str, LazyTensor], vocabulary: Vocabulary
+) -> tuple[dict[str, LazyTensor], int | None]:
+    """The weights with enough rows for every id, and the number of rows (None: there is no embedding).
+
+    Only tensors whose first dimension is the vocabulary's grow: the input embedding, the output layer and its bias.
+    """
+    embedding = weights.get(architecture.input_embedding or "")
+    if embedding is None:
+        return dict(weights), None
+    old = embedding.shape[0]
+    rows = embedding_rows(old, vocabulary.size)
+    grown = dict(weights)
+    for name in (architecture.input_embedding, *architecture.output_layers):
+        if rows > old and name in weights and weights[name].shape[0] == old:
+            tensor = weights[name]
+            grown[name] = GrownTensor((rows, *tensor.shape[1:]), tensor.dtype, tensor)
+    return grown, rows
+
+
+def _most_common(plan: ExportPlan) -> DType:
+    """The dtype of most floating-point elements."""
+    sizes: dict[DType, int] = {}
+    for tensor in plan.tensors:
+        if tensor.dtype.is_floating:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.source.numel
+    return max(sizes, key=lambda dtype: sizes[dtype], default=DType.F32)
+
+
+# The card's facts
+
+
+def card_facts(
+    options: Options,
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    plan: ExportPlan,
+    dtype: DType,
+) -> CardFacts:
+    """What the card can say of this export: options first, then what the checkpoint knows."""
+    configs = tuple(TrainingConfig(path.name, _read_text(path)) for path in options.training_configs)
+    known = read_card_metadata(checkpoint.folder, config, configs)
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    return CardFacts(
+        repo_name=options.repo_name,
+        base_model=options.base_model or known.base_model,
+        license=options.license or known.license,
+        languages=options.languages or known.languages,
+        datasets=options.datasets or known.datasets,
+        tags=tuple(["conversational"] if vocabulary.chat_template else []),
+        pipeline_tag=_pipeline_tag(architecture.class_name),
+        architecture=architecture.class_name,
+        dtype=dtype if options.dtype != "keep" else None,
+        parameters=sum(tensor.source.numel for tensor in plan.tensors),
+        context_length=_context_length(text or {}),
+        trust_remote_code=options.trust_remote_code,
+        prompt=_prompt_facts(vocabulary),
+        training=read_training_facts(checkpoint.folder, checkpoint.folder.parent, checkpoint.deepspeed_config, configs),
+        training_configs=configs,
+        train_command=options.train_command,
+        export_command=options.command,
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path.name} cannot be read as UTF-8 text.", "Give a YAML file.") from error
+
+
+def _context_length(config: Mapping[str, Any]) -> int | None:
+    found = (config.get(key) for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"))
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def _pipeline_tag(class_name: str) -> str | None:
+    if class_name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "text-generation"
+    return "text-classification" if class_name.endswith("ForSequenceClassification") else None
+
+
+def _prompt(vocabulary: Vocabulary) -> str:
+    if vocabulary.chat_template is None:
+        return QUESTION
+    return vocabulary.render([{"role": "user", "content": QUESTION}])
+
+
+def _prompt_facts(vocabulary: Vocabulary) -> PromptFacts:
+    tokens = {"oasst": ("<|prompter|>", "<|assistant|>"), "chatml": ("<|im_start|>", "<|im_end|>")}
+    return PromptFacts(
+        prompt_format=vocabulary.prompt_format,
+        example=_prompt(vocabulary),
+        is_chat_template=vocabulary.chat_template is not None,
+        special_tokens=tokens.get(vocabulary.prompt_format, ()),
+        eos_token=vocabulary.eos_token,
+        end_of_turn=vocabulary.end_of_turn,
+    )
+
+
+# Bytes on the disk
+
+
+def write(
+    prepared: Prepared, folder: Path, options: Options, report: Report, console: Console
+) -> tuple[WrittenFile, ...]:
+    """Write every file of the export into ``folder`` and check it; the manifest comes last."""
+    with report.timed("write"):
+        shards = write_shards(prepared.plan, folder, options, console)
+        _require_finite(shards, options.allow_nonfinite)
+        files = [shard.file for shard in shards]
+        files += [write_file(name, content, folder) for name, content in sorted(prepared.texts.items())]
+    report.checks += [
+        Check("files", "passed", f"{len(files)} files have the size and sha256 that were written"),
+        *_source_check(prepared.plan, options),
+    ]
+    manifest = Manifest(
+        files=tuple(files),
+        source=_describe_source(prepared, report),
+        options=_content_options(options),
+        versions=package_versions(),
+        checks=tuple(asdict(check) for check in report.checks),
+    )
+    files.append(write_file(MANIFEST_NAME, manifest.dump(), folder))
+    report.output["files"] = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
+    for file in files[len(shards) :]:
+        check_file(file, folder)
+    return tuple(files)
+
+
+def write_shards(plan: ExportPlan, folder: Path, options: Options, console: Console) -> list[WrittenShard]:
+    """Write and check ``options.jobs`` shards at a time, each checked while it is in the page cache."""
+    passes = 1 if options.verify == "files" else 2
+    with (
+        console.progress("Writing weights", plan.total_size * passes) as progress,
+        ThreadPoolExecutor(max_workers=options.jobs) as pool,
+    ):
+        futures = [pool.submit(_write_and_check, shard, folder, options.verify, progress) for shard in plan.shards]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _write_and_check(shard: Shard, folder: Path, verify: str, progress: Progress) -> WrittenShard:
+    written = write_shard(shard, folder, progress)
+    check_file(written.file, folder)
+    if verify != "files":
+        check_shard(shard, folder, progress)
+    return written
+
+
+def _source_check(plan: ExportPlan, options: Options) -> list[Check]:
+    if options.verify == "files":
+        return []
+    return [Check("source", "passed", f"{len(plan.tensors)} tensors equal the checkpoint bit for bit after the cast")]
+
+
+def _require_finite(shards: Sequence[WrittenShard], allowed: bool) -> None:
+    """Refuse NaN, infinities and overflow, which load without a word and are wrong."""
+    found = {name: count for shard in shards for name, count in shard.nonfinite.items()}
+    if not found or allowed:
+        return
+    names = ", ".join(f"{name} ({_count(count)})" for name, count in list(found.items())[:3])
+    raise RefusedError(
+        f"{len(found)} tensor(s) hold values that are not finite: {names}{', …' if len(found) > 3 else ''}.",
+        "Export an earlier checkpoint or another --dtype, or pass them on with --allow_nonfinite.",
+    )
+
+
+def _count(count: NonFinite) -> str:
+    parts = [f"{count.source} in the checkpoint"] if count.source else []
+    return ", ".join(parts + ([f"{count.cast} overflow in the cast"] if count.cast else []))
+
+
+# Publishing
+
+
+def publish_files(
+    connection: Connection, folder: Path, files: Sequence[WrittenFile], report: Report, console: Console
+) -> Publication:
+    """Send exactly ``files`` in one commit."""
+    outgoing = [OutgoingFile(file.path, folder / file.path, file.size, file.sha256) for file in files]
+    total = sum(file.size for file in files)
+    with report.timed("publish"), console.progress("Uploading", total) as progress:
+        publication = publish(connection, outgoing, progress=progress, note=console.note)
+    report.status = publication.status
+    report.hub = asdict(publication)
+    del report.hub["status"]
+    return publication
+
+
+def rehearse(
+    destination: Destination,
+    folder: Path,
+    files: Sequence[WrittenFile],
+    prepared: Prepared,
+    options: Options,
+    report: Report,
+    console: Console,
+) -> None:
+    """The whole publish against a throw-away Hub on this machine, downloaded again into a clean folder and loaded."""
+    import tempfile
+
+    from huggingface_hub import snapshot_download
+
+    from exporter.rehearsal import RehearsalHub
+
+    _without_proxy()
+    with (
+        RehearsalHub(organizations=[destination.namespace]) as hub,
+        tempfile.TemporaryDirectory(prefix="rehearsal-") as cache,
+    ):
+        card = prepared.texts["README.md"].decode()
+        connection = connect(destination, token=hub.token, endpoint=hub.endpoint, card=card, note=console.note)
+        publication = publish_files(connection, folder, files, report, console)
+        with report.timed("read_back"):
+            copy = snapshot_download(
+                destination.repo_id,
+                revision=publication.commit,
+                endpoint=hub.endpoint,
+                token=hub.token,
+                cache_dir=cache,
+            )
+            for file in files:
+                check_file(file, Path(copy))
+            loaded = check_loads(Path(copy), _prompt(prepared.vocabulary), options.trust_remote_code)
+        report.checks.append(Check("rehearsal", "passed", f"{len(files)} files read back; {loaded.detail}"))
+    report.status = "rehearsed"
+
+
+def _without_proxy() -> None:
+    """The rehearsal Hub is on this machine: a proxy could not reach it."""
+    for name in ("NO_PROXY", "no_proxy"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+
+
+# What the report and the manifest say
+
+
+def describe(checkpoint: Checkpoint, chosen: str) -> dict[str, Any]:
+    """The report's ``checkpoint``: what is there and what of it is read."""
+    tensors = checkpoint.weights("master" if chosen == "master" else "model")
+    dtypes: dict[str, int] = {}
+    for tensor in tensors.values():
+        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
+    return {
+        "format": checkpoint.format,
+        "zero_stage": checkpoint.zero_stage,
+        "world_size": checkpoint.world_size,
+        "tag": checkpoint.tag,
+        "step": checkpoint.step,
+        "weights": chosen,
+        "parameters": sum(tensor.numel for tensor in tensors.values()),
+        "dtypes": dict(sorted(dtypes.items())),
+        "tied": dict(checkpoint.aliases),
+    }
+
+
+def _describe_source(prepared: Prepared, report: Report) -> dict[str, Any]:
+    sources = [_base(tensor.source) for tensor in prepared.plan.tensors]
+    facts = {key: report.checkpoint[key] for key in ("format", "zero_stage", "world_size", "tag", "step", "weights")}
+    return facts | {"files": source_files(sources, prepared.checkpoint.folder)}
+
+
+def _base(tensor: LazyTensor) -> LazyTensor:
+    return tensor.base if isinstance(tensor, GrownTensor) else tensor
+
+
+def _content_options(options: Options) -> dict[str, Any]:
+    """The options that decide the bytes of the export."""
+    return {
+        "dtype": options.dtype,
+        "weights": options.weights,
+        "max_shard_size": options.max_shard_size,
+        "prompt_format": Path(options.prompt_format).name,
+        "special_tokens": list(options.special_tokens),
+        "hf_repo_name": options.repo_name,
+        "trust_remote_code": options.trust_remote_code,
+        "allow_nonfinite": options.allow_nonfinite,
+    }
+
+
+def _describe_vocabulary(vocabulary: Vocabulary, rows: int | None) -> dict[str, Any]:
+    return {
+        "tokenizer_size": vocabulary.size,
+        "rows": rows,
+        "added": list(vocabulary.added),
+        "prompt_format": vocabulary.prompt_format,
+        "eos_token": vocabulary.eos_token,
+        "pad_token": vocabulary.pad_token,
+    }
+
+
+def _describe_tensors(plan: ExportPlan, matched: Account, dtype: DType) -> dict[str, Any]:
+    return {
+        "written": len(plan.tensors),
+        "cast": sum(tensor.dtype is not tensor.source.dtype for tensor in plan.tensors),
+        "kept": {tensor.name: tensor.dtype.name for tensor in plan.tensors if tensor.dtype is not dtype},
+        "dropped": dict(matched.dropped),
+        "tied": dict(matched.tied),
+    }
+
+
+def _describe_plan(plan: ExportPlan, dtype: DType, texts: Mapping[str, bytes]) -> dict[str, Any]:
+    spelled = {target: name for name, target in _TARGETS.items() if target is not None}
+    files = [(shard.name, shard.size) for shard in plan.shards] + [(name, len(text)) for name, text in texts.items()]
+    return {
+        "folder": None,
+        "dtype": spelled.get(dtype, dtype.value),
+        "shards": len(plan.shards),
+        "total_size": plan.total_size,
+        "files": [{"path": name, "size": size, "sha256": None} for name, size in sorted(files)],
+    }

@@ -1,0 +1,36 @@
+"""The publishing transaction: everything checked first, then one commit, then a look at what arrived.
+
+:func:`connect` asks the Hub all that can be known before a weight is read and changes nothing there. :func:`publish`
+sends exactly the given files in exactly one commit on the head that was seen, compares what arrived with what was
+sent, and only then sets the release tag.
+
+destination.py   where to publish and how to name it
+push.py          what a push adds, replaces, deletes and keeps; no network
+failures.py      from the client's errors to ours
+patience.py      how long a request may stay unanswered
+client.py        huggingface_hub with time limits, retries and our errors
+account.py       the token and what it may write
+repository.py    the state of the repository on the Hub
+connection.py    connect: all questions before a weight is read
+upload.py        large files, ahead of the commit; Xet or LFS
+transaction.py   publish
+"""
+
+from __future__ import annotations
+
+from exporter.hub.connection import Connection, connect
+from exporter.hub.destination import Destination
+from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, plan_push
+from exporter.hub.transaction import Publication, publish
+
+__all__ = [
+    "Connection",
+    "Destination",
+    "OutgoingFile",
+    "Publication",
+    "PushPlan",
+    "RemoteFile",
+    "connect",
+    "plan_push",
+    "publish",
+]

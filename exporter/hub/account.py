@@ -1,0 +1,92 @@
+"""The token, and what the Hub says it may write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from exporter.errors import CredentialError
+from exporter.hub.destination import Destination
+
+_NEW_TOKEN = "Make a token with write access in the Hub's settings and pass it as HF_TOKEN."
+
+
+def resolve_token(token: str | None) -> str:
+    """The token given, else the client's own: OIDC (HF_OIDC_RESOURCE), then HF_TOKEN, then the saved login.
+
+    Raises CredentialError if there is none, or what is there cannot be one.
+    """
+    found = (token or _configured_token() or "").strip()
+    if not found:
+        raise CredentialError(
+            "Publishing needs a token, and there is none", "Set HF_TOKEN, or log in with: hf auth login"
+        )
+    if not found.isascii() or not found.isprintable() or " " in found:
+        raise CredentialError("The token holds characters that no token has", "Copy the token again, and nothing else.")
+    return found
+
+
+def _configured_token() -> str | None:
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import OIDCError
+    from huggingface_hub.utils import httpx
+
+    try:
+        return get_token()
+    except (OIDCError, httpx.HTTPError) as error:
+        raise CredentialError(
+            f"HF_OIDC_RESOURCE is set, but the Hub gave no token for it: {' '.join(str(error).split())}",
+            "Check the trusted publisher on the Hub and the job's id-token permission, or unset HF_OIDC_RESOURCE.",
+        ) from error
+
+
+def require_write_access(account: Mapping[str, Any], destination: Destination) -> None:
+    """Raises CredentialError unless ``account`` (the answer of whoami-v2) may write to ``destination``.
+
+    What the answer does not say, such as the role of an OIDC token, is left for the Hub to decide. A pull request
+    needs no right to the namespace.
+    """
+    token = (account.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise CredentialError(f"The token of {account.get('name')} may only read", _NEW_TOKEN)
+    if not destination.create_pr:
+        _require_membership(account, destination.namespace)
+    if token.get("role") == "fineGrained":
+        _require_scope(token.get("fineGrained") or {}, destination)
+
+
+def _require_membership(account: Mapping[str, Any], namespace: str) -> None:
+    if "orgs" not in account or _same_name(account.get("name"), namespace):
+        return
+    organization = next((org for org in account["orgs"] if _same_name(org.get("name"), namespace)), None)
+    if organization is None:
+        raise CredentialError(
+            f"{account.get('name')}, whose token this is, is not a member of {namespace}",
+            "Publish to a namespace of your own, or ask to be made a member.",
+        )
+    if organization.get("roleInOrg") == "read":
+        raise CredentialError(
+            f"{account.get('name')}, whose token this is, may only read in {namespace}",
+            f"Ask an administrator of {namespace} for the role contributor or write.",
+        )
+
+
+def _require_scope(rights: Mapping[str, Any], destination: Destination) -> None:
+    needed = {"repo.write", "discussion.write"} if destination.create_pr else {"repo.write"}
+    if needed.isdisjoint(_granted(rights, destination)):
+        raise CredentialError(
+            f"The fine-grained token has no write permission for {destination.repo_id}",
+            f"Give it {' or '.join(sorted(needed))} for {destination.namespace} in the Hub's settings.",
+        )
+
+
+def _granted(rights: Mapping[str, Any], destination: Destination) -> Iterable[str]:
+    yield from rights.get("global") or ()
+    for scope in rights.get("scoped") or ():
+        name = (scope.get("entity") or {}).get("name")
+        if _same_name(name, destination.namespace) or _same_name(name, destination.repo_id):
+            yield from scope.get("permissions") or ()
+
+
+def _same_name(name: object, other: str) -> bool:
+    return isinstance(name, str) and name.casefold() == other.casefold()

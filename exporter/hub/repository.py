@@ -1,0 +1,149 @@
+"""The state of a model repository on the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from exporter.errors import CredentialError, HubRefusedError
+from exporter.hub.client import HubClient
+from exporter.hub.destination import DEFAULT_BRANCH
+from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, blob_ids_for, plan_push
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import GitRefs, ModelInfo
+
+MANIFEST_NAME = "export.json"
+_LARGEST_MANIFEST = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """An open pull request: its number, and its head as a commit id."""
+
+    number: int
+    head: str
+
+    @property
+    def ref(self) -> str:
+        return f"refs/pr/{self.number}"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a repository holds at one commit: its files by path, and (size, sha256) of those that an export wrote."""
+
+    commit: str
+    files: Mapping[str, RemoteFile] = field(default_factory=dict)
+    owned: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    def plan(self, outgoing: tuple[OutgoingFile, ...]) -> PushPlan:
+        """What makes this snapshot hold exactly ``outgoing``, beside the files of other people."""
+        blob_ids = blob_ids_for(outgoing, self.files)
+        return plan_push(outgoing, self.files, owned=self.owned, blob_ids=blob_ids)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository, which need not be there yet. Every method asks the Hub and raises ExportError only."""
+
+    client: HubClient
+    repo_id: str
+
+    @property
+    def url(self) -> str:
+        return f"{self.client.endpoint}/{self.repo_id}"
+
+    def info(self) -> ModelInfo | None:
+        """What the Hub says about the repository, None if it is not there.
+
+        Raises CredentialError if it is gated, HubRefusedError if it lives under another name.
+        """
+        info = self.client.ask("describe the repository", self._look)
+        if info is not None and info.id.casefold() != self.repo_id.casefold():
+            raise HubRefusedError(
+                f"{self.repo_id} was renamed to {info.id}", f"Export again with --hf_repo_name {info.id}."
+            )
+        return info
+
+    def _look(self) -> ModelInfo | None:
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            return self.client.api.model_info(self.repo_id)
+        except GatedRepoError as error:
+            raise CredentialError(
+                f"{self.repo_id} is gated, and the token has no access", f"Ask for access at {self.url}."
+            ) from error
+        except RepositoryNotFoundError:
+            return None
+
+    def refs(self) -> GitRefs:
+        """Branches and tags, with the commit that each points at."""
+        return self.client.ask("list branches and tags", lambda: self.client.api.list_repo_refs(self.repo_id))
+
+    def head(self, revision: str) -> str | None:
+        """The commit at the end of a branch or of a pull request's reference, None if there is none."""
+        return self._commit(revision) if revision.startswith("refs/") else self.branch_head(revision)
+
+    def branch_head(self, branch: str) -> str | None:
+        """The commit that ``branch`` points at, None if there is no such branch."""
+        return next((ref.target_commit for ref in self.refs().branches if ref.name == branch), None)
+
+    def tag_commit(self, tag: str) -> str | None:
+        """The commit that ``tag`` points at, None if there is no such tag."""
+        return next((ref.target_commit for ref in self.refs().tags if ref.name == tag), None)
+
+    def snapshot(self, commit: str) -> Snapshot:
+        """The files at ``commit``, and those that its export.json says an export wrote."""
+        files = self.client.ask("list the files", lambda: {file.path: file for file in self._list(commit)})
+        return Snapshot(commit, files, self._owned(commit, files.get(MANIFEST_NAME)))
+
+    def _list(self, revision: str, *, recursive: bool = True) -> Iterator[RemoteFile]:
+        from huggingface_hub.hf_api import RepoFile
+
+        for entry in self.client.api.list_repo_tree(self.repo_id, recursive=recursive, revision=revision):
+            if isinstance(entry, RepoFile):
+                yield RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+
+    def _owned(self, commit: str, manifest: RemoteFile | None) -> dict[str, tuple[int, str]]:
+        if manifest is None or manifest.size > _LARGEST_MANIFEST:
+            return {}
+        path = f"/{self.repo_id}/resolve/{quote(commit, safe='')}/{MANIFEST_NAME}"
+        return manifest_files(self.client.ask(f"send {MANIFEST_NAME}", lambda: self.client.get(path).content))
+
+    def own_pull_request(self, user: str) -> PullRequest | None:
+        """The newest open pull request of ``user`` that brings another export than the default branch has."""
+        numbers = self.client.ask("list pull requests", lambda: self._pull_request_numbers(user))
+        published = self._manifest_id(DEFAULT_BRANCH) if numbers else None
+        for number in numbers:
+            brought = self._manifest_id(f"refs/pr/{number}")
+            if brought is not None and brought != published:
+                return PullRequest(number, self._commit(f"refs/pr/{number}"))
+        return None
+
+    def _pull_request_numbers(self, user: str) -> list[int]:
+        found = self.client.api.get_repo_discussions(
+            self.repo_id, author=user, discussion_type="pull_request", discussion_status="open"
+        )
+        return sorted((each.num for each in found if each.is_pull_request and each.author == user), reverse=True)
+
+    def _manifest_id(self, revision: str) -> str | None:
+        files = self.client.ask("list the files", lambda: list(self._list(revision, recursive=False)))
+        return next((file.blob_id for file in files if file.path == MANIFEST_NAME), None)
+
+    def _commit(self, revision: str) -> str:
+        info = self.client.ask("name the head", lambda: self.client.api.model_info(self.repo_id, revision=revision))
+        return str(info.sha)
+
+
+def manifest_files(content: bytes) -> dict[str, tuple[int, str]]:
+    """(size, sha256) by path of the files that an export.json lists; none if it is not one of ours."""
+    try:
+        manifest: Any = json.loads(content)
+        return {str(file["path"]): (int(file["size"]), str(file["sha256"])) for file in manifest["files"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}

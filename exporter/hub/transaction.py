@@ -1,0 +1,224 @@
+"""Publish: nothing, or everything and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from exporter.errors import HubRefusedError, VerificationError
+from exporter.hub.client import bounded_and_quiet
+from exporter.hub.connection import Connection, Note, silent, taken_tag, with_branch
+from exporter.hub.destination import DEFAULT_BRANCH
+from exporter.hub.failures import LOOK_FIRST
+from exporter.hub.push import OutgoingFile, PushPlan
+from exporter.hub.upload import Progress, Upload, uncounted
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A release that is on the Hub and was compared with what was sent.
+
+    ``added`` are the paths that were sent (new or changed), ``uploaded_bytes`` their size. ``transport`` is xet or
+    lfs, None if no large file was sent. ``status`` is published, or unchanged if the Hub had the release already.
+    """
+
+    endpoint: str
+    repo_id: str
+    url: str
+    commit: str
+    revision: str
+    pr_url: str | None
+    tag: str | None
+    transport: str | None
+    added: tuple[str, ...]
+    deleted: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    uploaded_bytes: int
+    status: str
+
+
+@dataclass(frozen=True)
+class _Commit:
+    id: str
+    pr_url: str | None
+
+
+def publish(
+    connection: Connection,
+    files: Iterable[OutgoingFile],
+    *,
+    progress: Progress = uncounted,
+    note: Note = silent,
+) -> Publication:
+    """Sends exactly ``files`` in one commit, checks what arrived, and then sets the release tag.
+
+    ``progress`` is called with the bytes of each batch of files that is uploaded. Publishing what the Hub has already
+    sends nothing and makes no commit.
+
+    Raises:
+        CredentialError: the token may not do this after all.
+        HubRefusedError: somebody committed since :func:`connect`, the release tag is on something else, or the Hub
+            refuses. The branch is as it was.
+        HubUnreachableError: the Hub does not answer. Publishing again completes what was begun.
+        OutputError: a file is not what ``files`` says of it.
+        VerificationError: the Hub holds other bytes than were sent. There is no release tag.
+    """
+    outgoing = tuple(files)
+    with bounded_and_quiet():
+        _require_same_head(connection)
+        _require_usable_tag(connection, outgoing)
+        plan = connection.plan(outgoing)
+        if plan.is_empty and connection.head is not None:
+            return _publication(connection, plan, _Commit(connection.head, _pull_request_url(connection)))
+        return _published(_with_repository(connection), outgoing, progress, note)
+
+
+def _require_usable_tag(connection: Connection, files: tuple[OutgoingFile, ...]) -> None:
+    if connection.tag_commit and not connection.repository.snapshot(connection.tag_commit).plan(files).is_empty:
+        raise taken_tag(connection)
+
+
+def _require_same_head(connection: Connection) -> None:
+    """Nobody committed since :func:`connect`: told before an upload, though the commit is bound to it too."""
+    if not connection.exists or not connection.has_branch:
+        return
+    if connection.repository.head(connection.revision) != connection.head:
+        raise HubRefusedError(
+            f"Somebody committed to {connection.revision} of {connection.repository.repo_id} since this run began",
+            LOOK_FIRST,
+        )
+
+
+def _with_repository(connection: Connection) -> Connection:
+    """``connection`` with its repository, created if it has to be. Its branch is created just before the commit."""
+    if connection.exists:
+        return connection
+    repository, private = connection.repository, connection.destination.private
+    repository.client.persist(
+        "create the repository",
+        lambda: bool(repository.client.api.create_repo(repository.repo_id, private=private)),
+        lambda: repository.info() is not None or None,
+    )
+    return with_branch(replace(connection, exists=True))
+
+
+def _published(connection: Connection, files: tuple[OutgoingFile, ...], progress: Progress, note: Note) -> Publication:
+    plan = connection.plan(files)
+    sent = tuple(file for file in files if file.path in plan.sent)
+    branch = connection.revision if connection.has_branch else DEFAULT_BRANCH
+    upload = Upload(connection.repository, branch, _opens_pull_request(connection), note)
+    additions = upload.send(sent, progress)
+    _create_branch(connection)
+    commit = _make_commit(connection, files, additions, plan)
+    _require_arrived(connection, files, commit)
+    return replace(
+        _publication(connection, plan, commit),
+        transport=upload.transport,
+        added=plan.sent,
+        deleted=plan.deleted,
+        uploaded_bytes=sum(file.size for file in sent),
+        status="published",
+    )
+
+
+def _publication(connection: Connection, plan: PushPlan, commit: _Commit) -> Publication:
+    """The release at ``commit``, where it is complete, as one that nothing was sent for; sets the release tag."""
+    return Publication(
+        endpoint=connection.endpoint,
+        repo_id=connection.repository.repo_id,
+        url=commit.pr_url or f"{connection.repository.url}/tree/{commit.id}",
+        commit=commit.id,
+        revision=connection.revision,
+        pr_url=commit.pr_url,
+        tag=_tagged(connection, commit),
+        transport=None,
+        added=(),
+        deleted=(),
+        unchanged=plan.unchanged,
+        uploaded_bytes=0,
+        status="unchanged",
+    )
+
+
+def _opens_pull_request(connection: Connection) -> bool:
+    return connection.destination.create_pr and connection.pull_request is None
+
+
+def _pull_request_url(connection: Connection) -> str | None:
+    request = connection.pull_request
+    return f"{connection.repository.url}/discussions/{request.number}" if request else None
+
+
+def _create_branch(connection: Connection) -> None:
+    if connection.has_branch:
+        return
+    repository, branch, head = connection.repository, connection.revision, connection.head
+    repository.client.persist(
+        f"create the branch {branch}",
+        lambda: repository.client.api.create_branch(repository.repo_id, branch=branch, revision=head) or True,
+        lambda: repository.branch_head(branch) == head or None,
+    )
+
+
+def _make_commit(
+    connection: Connection, files: tuple[OutgoingFile, ...], additions: list[CommitOperationAdd], plan: PushPlan
+) -> _Commit:
+    from huggingface_hub import CommitOperationDelete
+
+    api = connection.repository.client.api
+    deletions = [CommitOperationDelete(path, is_folder=False) for path in plan.deleted]
+
+    def commit() -> _Commit:
+        made = api.create_commit(
+            connection.repository.repo_id,
+            [*additions, *deletions],
+            commit_message=connection.destination.summary,
+            revision=connection.revision,
+            create_pr=_opens_pull_request(connection),
+            parent_commit=connection.head,
+        )
+        return _Commit(made.oid, made.pr_url or _pull_request_url(connection))
+
+    return connection.repository.client.persist("make the commit", commit, lambda: _landed_commit(connection, files))
+
+
+def _landed_commit(connection: Connection, files: tuple[OutgoingFile, ...]) -> _Commit | None:
+    """The commit whose answer was lost: a head that was not there before and holds exactly what was to be committed."""
+    repository = connection.repository
+    if _opens_pull_request(connection):
+        connection = replace(connection, pull_request=repository.own_pull_request(connection.user))
+        head = connection.pull_request.head if connection.pull_request else None
+    else:
+        head = repository.head(connection.revision)
+    if head is None or head == connection.head or not repository.snapshot(head).plan(files).is_empty:
+        return None
+    return _Commit(head, _pull_request_url(connection))
+
+
+def _require_arrived(connection: Connection, files: tuple[OutgoingFile, ...], commit: _Commit) -> None:
+    snapshot = connection.repository.snapshot(commit.id)
+    wrong = snapshot.plan(files)
+    if wrong.is_empty:
+        return
+    path = (wrong.sent + wrong.deleted)[0]
+    sizes = {file.path: file.size for file in files}
+    found = f"{snapshot.files[path].size} bytes of another digest" if path in snapshot.files else "nothing"
+    raise VerificationError(
+        f"{path} at {commit.id[:12]} is not what was sent: found {found}, expected {sizes.get(path, 'no')} bytes",
+        f"Do not use it: close its pull request, or git clone {connection.repository.url}, git revert it and push.",
+    )
+
+
+def _tagged(connection: Connection, commit: _Commit) -> str | None:
+    repository, tag = connection.repository, connection.destination.release_tag
+    if tag and connection.tag_commit is None:
+        repository.client.persist(
+            f"set the tag {tag}",
+            lambda: repository.client.api.create_tag(repository.repo_id, tag=tag, revision=commit.id) or True,
+            lambda: repository.tag_commit(tag) == commit.id or None,
+        )
+    return tag

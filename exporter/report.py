@@ -1,0 +1,92 @@
+"""What one run did, for people and for CI jobs: filled as the run goes on, so that a failure reports what was known."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from exporter import __version__
+from exporter.errors import OutputError
+from exporter.verify import Check
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of this program and of the packages that its output depends on."""
+    versions = {"export-model": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return versions
+
+
+@dataclass
+class Report:
+    """The report's fields, as the contract names them."""
+
+    status: str = "failed"
+    error: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    output: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    hub: dict[str, Any] | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the seconds that the ``with`` block takes to ``timings``."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.timings[stage] = round(self.timings.get(stage, 0.0) + time.monotonic() - start, 3)
+
+    def fail(self, code: int, kind: str, message: str, hint: str) -> None:
+        """Record how the run ended."""
+        self.status = "failed"
+        self.error = {"code": code, "kind": kind, "message": message, "hint": hint}
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "status": self.status,
+            "error": self.error,
+            "checkpoint": self.checkpoint,
+            "output": self.output,
+            "tensors": self.tensors,
+            "vocabulary": self.vocabulary,
+            "checks": [asdict(check) for check in self.checks],
+            "hub": self.hub,
+            "timings": self.timings,
+            "versions": package_versions(),
+        }
+
+    def dump(self) -> str:
+        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+
+    def write(self, path: Path) -> None:
+        """Write the report to ``path``, in place of an earlier one, in one step.
+
+        Raises:
+            OutputError: it cannot be written there.
+        """
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.dump() + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OutputError(
+                f"The report cannot be written: {error.strerror}.", "Name another --report file."
+            ) from error

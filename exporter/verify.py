@@ -1,0 +1,158 @@
+"""Whether what was written is right: its files, its tensors against the source, and whether it loads.
+
+The files are opened with the safetensors library and the source is read again; nothing that the writer kept in memory
+is trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.errors import RefusedError, VerificationError
+from exporter.plan import PlannedTensor, Shard
+from exporter.shards import Progress, WrittenFile, cast_blocks
+from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles
+
+_HINT = "Nothing was published. Check the disk, and export again."
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding for the report: passed, failed or unavailable, and what was compared."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def check_file(file: WrittenFile, folder: Path) -> None:
+    """The file on the disk has the size and sha256 that were recorded.
+
+    Raises:
+        VerificationError: it has not.
+    """
+    path = folder / file.path
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as opened:
+            while block := opened.read(BLOCK_BYTES):
+                digest.update(block)
+            size = opened.tell()
+    except OSError as error:
+        raise VerificationError(f"{file.path} cannot be read: {error.strerror}.", _HINT) from error
+    if (size, digest.hexdigest()) != (file.size, file.sha256):
+        raise VerificationError(
+            f"{file.path} has {size} bytes and sha256 {digest.hexdigest()[:12]}…, "
+            f"expected {file.size} and {file.sha256[:12]}….",
+            _HINT,
+        )
+
+
+def check_shard(shard: Shard, folder: Path, progress: Progress) -> None:
+    """Every tensor of the written shard equals its source, bit for bit after the cast.
+
+    Raises:
+        VerificationError: a tensor is missing, left over, of another dtype or shape, or has another value.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / shard.name, framework="pt") as written, SourceFiles() as files:
+            names = {tensor.name for tensor in shard.tensors}
+            for name in sorted(names ^ set(written.keys())):
+                raise VerificationError(f"{shard.name}: tensor {name} is not in both plan and file.", _HINT)
+            for tensor in shard.tensors:
+                _check_tensor(shard.name, tensor, written.get_tensor(tensor.name), files)
+                progress(tensor.nbytes)
+    except SafetensorError as error:
+        raise VerificationError(f"{shard.name} is not a valid safetensors file: {error}.", _HINT) from error
+
+
+def _check_tensor(file: str, tensor: PlannedTensor, found: Any, files: SourceFiles) -> None:
+    import torch
+
+    if tuple(found.shape) != tensor.shape or found.dtype is not tensor.dtype.torch:
+        raise VerificationError(
+            f"{file}: {tensor.name} is {found.dtype} {tuple(found.shape)}, "
+            f"expected {tensor.dtype.torch} {tensor.shape}.",
+            _HINT,
+        )
+    flat, position = found.reshape(-1), 0
+    for _, expected in cast_blocks(tensor, files):
+        part = flat[position : position + expected.numel()]
+        if not torch.equal(part.view(torch.uint8), expected.contiguous().view(torch.uint8)):
+            raise VerificationError(
+                f"{file}: {tensor.name} differs from the checkpoint after element {position}.", _HINT
+            )
+        position += expected.numel()
+    if position != tensor.source.numel:
+        raise VerificationError(f"{file}: {tensor.name} has {position} elements in the checkpoint.", _HINT)
+
+
+def require_equal(tied_values: Mapping[str, tuple[LazyTensor, str]], weights: Mapping[str, LazyTensor]) -> None:
+    """Names that the config calls tied have one value.
+
+    Raises:
+        RefusedError: they have not; storing one of them would lose the other.
+    """
+    import torch
+
+    for alias, (tensor, target) in tied_values.items():
+        other = weights[target]
+        if tensor == other:
+            continue
+        with SourceFiles() as mine, SourceFiles() as theirs:
+            pairs = zip(tensor.blocks(mine), other.blocks(theirs), strict=False)
+            if tensor.shape != other.shape or not all(torch.equal(a, b) for a, b in pairs):
+                raise RefusedError(
+                    f"{alias} and {target} are tied by config.json but have different values.",
+                    "Set tie_word_embeddings to false in config.json if the model was trained untied.",
+                )
+
+
+def check_loads(folder: Path, prompt: str, trust_remote_code: bool) -> Check:
+    """The folder loads with transformers, offline, with every weight in its place, and generates from ``prompt``.
+
+    Raises:
+        VerificationError: it does not load, or a weight is missing, left over or of another shape.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        model, info = _auto_class(config).from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True, dtype="auto", output_loading_info=True
+        )
+        faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+        if faults:
+            raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        if not model.can_generate():
+            model(**encoded)
+            return Check("load", "passed", "loads with every weight in its place, and runs")
+        generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise VerificationError(f"transformers cannot load the export: {reason}", _HINT) from error
+    count = generated.shape[1] - encoded["input_ids"].shape[1]
+    return Check("load", "passed", f"loads with every weight in its place, and generates {count} tokens")
+
+
+def _auto_class(config: Any) -> Any:
+    """The Auto class for the config's architecture."""
+    import transformers
+
+    name = str((config.architectures or [""])[0])
+    if name.endswith("ForSequenceClassification"):
+        return transformers.AutoModelForSequenceClassification
+    if name.endswith("ForConditionalGeneration"):
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM

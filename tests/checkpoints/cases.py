@@ -1,0 +1,75 @@
+"""The table of cases: which model is trained, by what, and how its checkpoint is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint folder.
+
+    ``writer`` is who writes it: DeepSpeed's ``engine.save_checkpoint``, the Hugging Face Trainer on top of DeepSpeed,
+    or ``save_pretrained`` and ``torch.save`` without DeepSpeed. ``deepspeed`` is laid over the DeepSpeed configuration,
+    ``config`` over the model's. ``frozen`` lists prefixes of parameter names that are not trained.
+    """
+
+    name: str
+    model: str
+    writer: Literal["engine", "trainer", "safetensors", "bin"] = "engine"
+    zero_stage: int | None = None
+    world_size: int = 2
+    precision: Literal["fp32", "fp16", "bf16"] = "bf16"
+    steps: int = 4
+    learning_rate: float = 1e-2
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+    save_total_limit: int = 1
+    max_shard_size: int | None = None
+    without_optimizer: bool = False
+
+
+def _zero(**options: Any) -> dict[str, Any]:
+    return {"zero_optimization": options}
+
+
+_CASES = [
+    Case("falcon-trainer-zero2", "falcon", "trainer", 2, steps=1000, learning_rate=1e-2, save_total_limit=2),
+    Case("llama-zero1", "llama", zero_stage=1),
+    Case("llama-zero2", "llama", zero_stage=2),
+    Case("llama-zero3", "llama", zero_stage=3),
+    Case("llama-trainer-zero3", "llama", "trainer", 3),
+    Case(
+        "llama-trainer-zero3-gathered",
+        "llama",
+        "trainer",
+        3,
+        deepspeed=_zero(stage3_gather_16bit_weights_on_model_save=True),
+    ),
+    Case("llama-tied-zero2", "llama", zero_stage=2, world_size=3, config={"tie_word_embeddings": True}),
+    Case("llama-tied-zero3", "llama", zero_stage=3, world_size=3, config={"tie_word_embeddings": True}),
+    Case("neox-zero2", "neox", zero_stage=2, precision="fp16"),
+    Case("llama-frozen-zero2", "llama", zero_stage=2, frozen=("model.embed_tokens.", "model.layers.0.")),
+    Case("llama-frozen-zero3", "llama", zero_stage=3, frozen=("model.embed_tokens.", "model.layers.0.")),
+    Case("custom-zero2", "custom", zero_stage=2),
+    Case("custom-zero3", "custom", zero_stage=3),
+    Case("llama-model-only", "llama", zero_stage=2, without_optimizer=True),
+    Case("llama-safetensors", "llama", "safetensors", world_size=1, precision="fp32"),
+    Case("llama-safetensors-sharded", "llama", "safetensors", world_size=1, max_shard_size=20_000),
+    Case("falcon-bin", "falcon-small", "bin", world_size=1),
+    Case("falcon-bin-sharded", "falcon-small", "bin", world_size=1, precision="fp32", max_shard_size=30_000),
+    Case("gpt2-safetensors", "gpt2", "safetensors", world_size=1, precision="fp32"),
+    Case("mixtral-zero2", "mixtral", zero_stage=2),
+    Case("mixtral-zero3", "mixtral", zero_stage=3),
+    Case("llama-zero2-fp16", "llama", zero_stage=2, precision="fp16"),
+    Case("llama-fp32-zero2", "llama", zero_stage=2, precision="fp32"),
+    Case("llama-zero1-bf16-optimizer", "llama", zero_stage=1, deepspeed={"data_types": {"grad_accum_dtype": "fp32"}}),
+    Case("llama-zero2-offload", "llama", zero_stage=2, deepspeed=_zero(offload_optimizer={"device": "cpu"})),
+    Case("llama-zero2-roundrobin", "llama", zero_stage=2, deepspeed=_zero(round_robin_gradients=True)),
+    Case("llama-zero3-subgroups", "llama", zero_stage=3, deepspeed=_zero(sub_group_size=3000)),
+    Case("llama-zero3-4ranks", "llama", zero_stage=3, world_size=4),
+]
+
+CASES = {case.name: case for case in _CASES}
