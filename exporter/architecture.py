@@ -1,8 +1,8 @@
 """What the model class says, asked on the meta device: names, shapes, ties, dtype policy, and names on disk.
 
 No weight is ever loaded into the model, and nothing is downloaded. transformers 5 keeps some weights in memory under
-other names or fused; what belongs into files is what its own reverse conversion makes of a state dict, which is run here
-on meta tensors (seen in 5.24, ``core_model_loading.revert_weight_conversion``). In 4.x both are the same.
+other names or fused; what belongs into files is what its own reverse conversion makes of a state dict, which is run
+here on meta tensors (seen in 5.24, ``core_model_loading.revert_weight_conversion``). In 4.x both are the same.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Architecture:
     """The model class's expectations; names are those in files unless said otherwise.
 
     ``memory`` are the shapes of the state dict by their names in memory. ``disk`` maps each name in a file to its
-    place in memory. ``tied`` maps an alias to the name that is stored, both as in memory. ``input_embeddings``
-    and ``output_layers`` are the names whose first dimension is the vocabulary.
+    place in memory. ``tied`` maps an alias to the name that is stored, both as in memory. ``input_embedding`` is the
+    matrix with a row for each id.
     """
 
     class_name: str
@@ -49,7 +49,6 @@ class Architecture:
     disk: Mapping[str, Origin]
     tied: Mapping[str, str]
     input_embedding: str | None
-    output_layers: tuple[str, ...]
     fp32_patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
@@ -57,7 +56,7 @@ class Architecture:
     renamed: Callable[[str], str] = str
 
     def keeps_fp32(self, name: str, dtype: DType) -> bool:
-        """Whether the class loads the tensor ``name`` (as on disk) in fp32 although the model is loaded in ``dtype``."""
+        """Whether the class loads the tensor ``name`` (as on disk) in fp32 when the model is loaded in ``dtype``."""
         memory = self.disk[name].name
         return any(re.search(rf"(^|\.){pattern}(\.|$)", memory) for pattern in self.fp32_patterns.get(dtype.value, ()))
 
@@ -84,7 +83,7 @@ def ask_architecture(config: Mapping[str, Any], code: Mapping[str, bytes], *, tr
     """
     import torch
 
-    with _quiet(), tempfile.TemporaryDirectory(prefix="architecture-") as folder, torch.device("meta"):
+    with quiet_library(), tempfile.TemporaryDirectory(prefix="architecture-") as folder, torch.device("meta"):
         model = _build(Path(folder), config, code if trust_remote_code else {}, trust_remote_code)
         return _describe(model)
 
@@ -143,16 +142,19 @@ def _entries(auto_map: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's remarks on configs, which the user did not write."""
+def quiet_library() -> Iterator[None]:
+    """Without transformers' progress bars and its remarks on configs that the user did not write."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _describe(model: Any) -> Architecture:
@@ -161,23 +163,12 @@ def _describe(model: Any) -> Architecture:
     state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     tied = _tied_names(model, state)
     disk = _disk_origins(model, {name: tensor for name, tensor in state.items() if name not in tied})
-    places = {origin.name: name for name, origin in disk.items()}
-
-    def stored(module: Any, attribute: str) -> str | None:
-        parameter = getattr(module, attribute, None)
-        names = (name for name, own in model.named_parameters(remove_duplicate=False) if own is parameter)
-        return next((places[name] for name in names if name in places), None)
-
-    embedding, output = _vocabulary_modules(model)
-    layers = (stored(output, "weight"), stored(output, "bias"))
-    first = stored(embedding, "weight")
     return Architecture(
         class_name=type(model).__name__,
         memory={name: tuple(tensor.shape) for name, tensor in state.items()},
         disk=disk,
         tied=tied,
-        input_embedding=first,
-        output_layers=tuple(name for name in layers if name is not None and name != first),
+        input_embedding=_input_embedding(model, disk),
         fp32_patterns={dtype.value: _fp32_patterns(model, dtype) for dtype in (DType.BF16, DType.F16)},
         optional=tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
         ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
@@ -186,17 +177,14 @@ def _describe(model: Any) -> Architecture:
     )
 
 
-def _vocabulary_modules(model: Any) -> tuple[Any, Any]:
-    """The input embedding and the output layer; None for a model that has none."""
+def _input_embedding(model: Any, disk: Mapping[str, Origin]) -> str | None:
+    """The name on disk of the input embedding; None for a model that has none."""
     try:
-        embedding = model.get_input_embeddings()
+        weight = getattr(model.get_input_embeddings(), "weight", None)
     except (AttributeError, NotImplementedError):
-        embedding = None
-    try:
-        output = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        output = None
-    return embedding, output
+        return None
+    names = {name for name, own in model.named_parameters(remove_duplicate=False) if own is weight}
+    return next((name for name, origin in disk.items() if origin.name in names), None)
 
 
 def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:

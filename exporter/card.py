@@ -251,7 +251,7 @@ def _read_yaml(text: str) -> Any:
     """``text`` as mappings, lists and strings.
 
     No scalar is interpreted, so that the language ``no`` is not false and ``1e-5`` is what it says. Neither tags nor
-    merge keys are followed, with which a small text could grow without bound.
+    merge keys are followed: in older versions of PyYAML a small text with merge keys grows without bound.
 
     Raises:
         ValueError: it is not one YAML document; the message is one line.

@@ -56,7 +56,7 @@ class HyphenCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         arguments = [_underscored(argument) for argument in args]
-        _, _, ctx.meta["order"] = self.make_parser(ctx).parse_args(list(arguments))
+        ctx.meta["arguments"] = list(arguments)
         return super().parse_args(ctx, arguments)
 
 
@@ -207,7 +207,7 @@ def inspect(
         from exporter.console import Console
         from exporter.inspection import run_inspect
 
-        run_inspect(checkpoint, tag, trust_remote_code, findings, Console(quiet))
+        run_inspect(checkpoint, tag, findings, Console(quiet))
     _print_result(findings, as_json, _inspect_lines)
 
 
@@ -235,9 +235,23 @@ def _options(kind: type[Any], ctx: click.Context, values: dict[str, Any]) -> Any
 def _card_command(ctx: click.Context) -> str:
     """The command that was run, without the token, local paths, and options that change nothing in the export."""
     given = [p for p in ctx.command.params if ctx.get_parameter_source(p.name or "") is not ParameterSource.DEFAULT]
-    ordered = [*dict.fromkeys(ctx.meta["order"]), *given]
-    words = [_card_words(parameter, ctx.params.get(parameter.name or "")) for parameter in dict.fromkeys(ordered)]
+    words = [
+        _card_words(parameter, ctx.params.get(parameter.name or "")) for parameter in sorted(given, key=_position(ctx))
+    ]
     return " ".join(["python export_model.py", *filter(None, words)])
+
+
+def _position(ctx: click.Context) -> Callable[[click.Parameter], int]:
+    """Where a parameter first stood in the command; what came from the environment comes last."""
+    arguments = [argument.partition("=")[0] for argument in ctx.meta["arguments"]]
+
+    def position(parameter: click.Parameter) -> int:
+        names = [*parameter.opts, *parameter.secondary_opts]
+        if isinstance(parameter, click.Argument):
+            names = [str(ctx.params[parameter.name or ""])]
+        return next((index for index, argument in enumerate(arguments) if argument in names), len(arguments))
+
+    return position
 
 
 def _card_words(parameter: click.Parameter, value: Any) -> str:
@@ -315,7 +329,8 @@ def _export_lines(report: dict[str, Any]) -> list[str]:
     output, tensors, hub = report["output"], report["tensors"], report["hub"]
     lines = [
         f"{report['status']}: {output['shards']} weight file(s), {output['total_size']:,} bytes of {output['dtype']}, "
-        f"{tensors['written']} tensors ({tensors['cast']} cast, {len(tensors['tied'])} tied, {len(tensors['dropped'])} dropped)"
+        f"{tensors['written']} tensors ({tensors['cast']} cast, {len(tensors['tied'])} tied, "
+        f"{len(tensors['dropped'])} dropped)"
     ]
     lines += [f"  {file['size']:>15,}  {file['path']}" for file in output["files"]]
     lines += [f"{check['name']}: {check['status']} ({check['detail']})" for check in report["checks"]]

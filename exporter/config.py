@@ -1,7 +1,8 @@
 """config.json, generation_config.json and the checkpoint's own code: edited as JSON, never re-made.
 
-Loading a config into its class and saving it again drops and renames keys that other readers need. Only what the export
-changes is changed: the dtype, the rows of the vocabulary, the special token ids, and what only this machine can resolve.
+Loading a config into its class and saving it again drops and renames keys that other readers need. Only what the
+export changes is changed: the dtype, the rows of the vocabulary, the special token ids, and what only this machine can
+resolve.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def edit_config(
     ``rope_theta`` and ``rope_scaling`` at the top level, transformers 5 for ``dtype`` and ``rope_parameters``: both are
     written.
     """
-    edited = copy.deepcopy(dict(config))
+    edited = dict(config) if rows is None else with_rows(config, rows)
+    edited = copy.deepcopy(edited)
     name = edited.get("_name_or_path")
     if name is not None and not HUB_ID.fullmatch(str(name)):
         del edited["_name_or_path"]
@@ -69,15 +71,19 @@ def edit_config(
         if "dtype" in part or "torch_dtype" in part:
             part |= {key: dtype.value for key in ("dtype", "torch_dtype") if key in part}
         _copy_rope(part)
-    text = _text_part(edited)
-    if rows is not None:
-        text["vocab_size"] = rows
-    for part in {id(part): part for part in (edited, text)}.values():
+    for part in (edited, *([] if _text_part(edited) is edited else [_text_part(edited)])):
         _agree_on_tokens(part, vocabulary)
     if tied is not None:
         edited["tie_word_embeddings"] = tied
     for key, entry in (edited.get("auto_map") or {}).items():
         edited["auto_map"][key] = _localize(entry)
+    return edited
+
+
+def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The config with a vocabulary of ``rows`` rows, and nothing else changed."""
+    edited = copy.deepcopy(dict(config))
+    _text_part(edited)["vocab_size"] = rows
     return edited
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from exporter.config import (
     edit_generation_config,
     read_config,
     read_generation_config,
+    with_rows,
 )
 from exporter.console import Console
-from exporter.errors import OutputError, RefusedError, UsageError
+from exporter.errors import RefusedError, UsageError
 from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, publish
+from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest, source_files
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
 from exporter.report import Report, package_versions
@@ -119,6 +121,8 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         ExportError: as the stages raise it; nothing half-made is left behind or published.
     """
     destination = options.destination if options.repo_name else None
+    if options.no_publish and options.output_folder is None and not options.dry_run:
+        raise UsageError("--no_publish leaves nothing behind without a folder.", "Add --output_folder.")
     if options.output_folder is not None:
         check_output_folder(options.output_folder, options.checkpoint, options.overwrite)
     with report.timed("prepare"):
@@ -169,7 +173,7 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
     report.checkpoint = describe(checkpoint, chosen)
     matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
     require_equal(matched.tied_values, matched.weights)
-    weights, rows = grow(architecture, matched.weights, vocabulary)
+    weights, rows = grow(architecture, matched.weights, vocabulary, config, code, options.trust_remote_code)
     dtypes = {name: _written_dtype(architecture, name, tensor.dtype, target) for name, tensor in weights.items()}
     plan = plan_export(weights, dtypes, options.max_shard_size)
     for note in plan.notes:
@@ -210,23 +214,41 @@ def _written_dtype(architecture: Architecture, name: str, dtype: DType, target: 
 
 
 def grow(
-    architecture: Architecture, weights: Mapping[str, LazyTensor], vocabulary: Vocabulary
+    architecture: Architecture,
+    weights: Mapping[str, LazyTensor],
+    vocabulary: Vocabulary,
+    config: Mapping[str, Any],
+    code: Mapping[str, bytes],
+    trust_remote_code: bool,
 ) -> tuple[dict[str, LazyTensor], int | None]:
     """The weights with enough rows for every id, and the number of rows (None: there is no embedding).
 
-    Only tensors whose first dimension is the vocabulary's grow: the input embedding, the output layer and its bias.
+    Which tensors grow is the architecture's to say: it is asked again with the larger vocabulary.
+
+    Raises:
+        RefusedError: a tensor depends on the vocabulary in another way than with a row for each id.
     """
     embedding = weights.get(architecture.input_embedding or "")
     if embedding is None:
         return dict(weights), None
     old = embedding.shape[0]
     rows = embedding_rows(old, vocabulary.size)
-    grown = dict(weights)
-    for name in (architecture.input_embedding, *architecture.output_layers):
-        if rows > old and name in weights and weights[name].shape[0] == old:
-            tensor = weights[name]
-            grown[name] = GrownTensor((rows, *tensor.shape[1:]), tensor.dtype, tensor)
-    return grown, rows
+    if rows == old:
+        return dict(weights), rows
+    wider = ask_architecture(with_rows(config, rows), code, trust_remote_code=trust_remote_code).disk
+    return {name: _grown(name, tensor, wider[name].shape, old) for name, tensor in weights.items()}, rows
+
+
+def _grown(name: str, tensor: LazyTensor, shape: tuple[int, ...], old: int) -> LazyTensor:
+    if tensor.shape == shape:
+        return tensor
+    if tensor.shape != (old, *shape[1:]) or not tensor.dtype.is_floating:
+        raise RefusedError(
+            f"The new tokens make the vocabulary larger, and {name} ({tensor.dtype.value} {list(tensor.shape)}) cannot "
+            f"grow to {list(shape)}: new entries of it have no defined value.",
+            "Add the tokens before training, or keep the tokenizer with --prompt_format none.",
+        )
+    return GrownTensor(shape, tensor.dtype, tensor)
 
 
 def _most_common(plan: ExportPlan) -> DType:
@@ -450,25 +472,6 @@ def _without_proxy() -> None:
 
 
 # What the report and the manifest say
-
-
-def describe(checkpoint: Checkpoint, chosen: str) -> dict[str, Any]:
-    """The report's ``checkpoint``: what is there and what of it is read."""
-    tensors = checkpoint.weights("master" if chosen == "master" else "model")
-    dtypes: dict[str, int] = {}
-    for tensor in tensors.values():
-        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
-    return {
-        "format": checkpoint.format,
-        "zero_stage": checkpoint.zero_stage,
-        "world_size": checkpoint.world_size,
-        "tag": checkpoint.tag,
-        "step": checkpoint.step,
-        "weights": chosen,
-        "parameters": sum(tensor.numel for tensor in tensors.values()),
-        "dtypes": dict(sorted(dtypes.items())),
-        "tied": dict(checkpoint.aliases),
-    }
 
 
 def _describe_source(prepared: Prepared, report: Report) -> dict[str, Any]:

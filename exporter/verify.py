@@ -7,10 +7,12 @@ is trusted.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.architecture import quiet_library
 from exporter.errors import RefusedError, VerificationError
 from exporter.plan import PlannedTensor, Shard
 from exporter.shards import Progress, WrittenFile, cast_blocks
@@ -119,31 +121,31 @@ def check_loads(folder: Path, prompt: str, trust_remote_code: bool) -> Check:
     Raises:
         VerificationError: it does not load, or a weight is missing, left over or of another shape.
     """
-    import transformers
-
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        config = transformers.AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        model, info = _auto_class(config).from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True, dtype="auto", output_loading_info=True
-        )
-        faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-        if faults:
-            raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-        if not model.can_generate():
-            model(**encoded)
-            return Check("load", "passed", "loads with every weight in its place, and runs")
-        generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
+        with quiet_library():
+            return Check("load", "passed", _load_and_run(folder, prompt, trust_remote_code))
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise VerificationError(f"transformers cannot load the export: {reason}", _HINT) from error
+
+
+def _load_and_run(folder: Path, prompt: str, trust_remote_code: bool) -> str:
+    import transformers
+
+    local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
+    config = transformers.AutoConfig.from_pretrained(folder, **local)
+    model, info = _auto_class(config).from_pretrained(folder, dtype="auto", output_loading_info=True, **local)
+    faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if faults:
+        raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    if not model.can_generate():
+        model(**encoded)
+        return "loads with every weight in its place, and runs"
+    generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
     count = generated.shape[1] - encoded["input_ids"].shape[1]
-    return Check("load", "passed", f"loads with every weight in its place, and generates {count} tokens")
+    return f"loads with every weight in its place, and generates {count} tokens"
 
 
 def _auto_class(config: Any) -> Any:

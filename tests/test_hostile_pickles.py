@@ -249,7 +249,7 @@ def other_attacks() -> dict[str, bytes]:
 
 def small_bombs() -> dict[str, bytes]:
     """Small pickles that ask for memory, time or stack without bound."""
-    deep_tuple = b")" + b"\x85" * 1_000_000
+    deep_tuple = b")" + b"\x85" * 200_000
     twice = [(b"h" + bytes([index])) * 2 for index in range(60)]
     last = b"h" + bytes([60])
     doubled_list = b"]\x940" + b"".join(listed(pair) + b"\x940" for pair in twice) + last
@@ -288,7 +288,7 @@ def small_bombs() -> dict[str, bytes]:
         "a frame of 2^63 bytes": b"\x95" + struct.pack("<Q", 2**63) + b"]",
         "a name without an end": b"c" + b"a" * 10_000_000,
         "a computed name of ten megabytes": computed("a" * 10_000_000, "b"),
-        "a chain of calls": stub + b")R" * 100_000,
+        "a chain of calls": stub + b")R" * 20_000,
         "a text encoded over and over": text("a" * 10_000_000)
         + b"\x940("
         + b"".join(call(encode, b"h\x00", text("latin1")) for _ in range(1000))

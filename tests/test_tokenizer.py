@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,34 @@ def test_a_named_token_that_tokenizer_json_lacks_gets_the_id_that_transformers_g
     assert len(AutoTokenizer.from_pretrained(write(vocabulary, tmp_path / "export"))) == len(reference)
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_special_tokens_map_counts_where_it_counts_for_transformers(decoder: bool, tmp_path: Path) -> None:
+    falcon(tmp_path, special=["<s>", "</s>"])
+    edit(tmp_path, "special_tokens_map.json", eos_token="</s>", bos_token="<s>")
+    if decoder:
+        added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+        table = {str(token["id"]): {key: token[key] for key in token if key != "id"} for token in added}
+        edit(tmp_path, "tokenizer_config.json", added_tokens_decoder=table)
+    else:
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        config.pop("added_tokens_decoder", None)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "falcon"}')
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    vocabulary = settle(tmp_path, "none")
+    assert (vocabulary.eos_token, vocabulary.bos_token) == (reference.eos_token, reference.bos_token)
+    assert vocabulary.eos_token == ("<|endoftext|>" if decoder else "</s>")
+
+
+def test_a_token_that_another_one_breaks_up_is_refused(tmp_path: Path) -> None:
+    falcon(tmp_path, special=["<|prompter|>", "prompter"])
+    added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    added[1]["normalized"] = True
+    edit(tmp_path, "tokenizer.json", added_tokens=added)
+    error = failure(tmp_path, "oasst")
+    assert isinstance(error, RefusedError) and "<|prompter|>" in error.message
+
+
 def test_every_file_that_lists_special_tokens_lists_the_new_ones(folder: Path, tmp_path: Path) -> None:
     eos = {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     edit(folder, "tokenizer_config.json", added_tokens_decoder={"0": eos | {"special": True}})
@@ -430,9 +459,21 @@ def test_a_custom_code_tokenizer_is_edited_and_not_imported(folder: Path) -> Non
     assert json.loads(vocabulary.files["tokenizer_config.json"])["auto_map"] == {
         "AutoTokenizer": ["tokenization_mine.Mine", None]
     }
-    (folder / "tokenizer.json").rename(folder / "vocab.json")
-    assert isinstance(failure(folder), RefusedError)
     assert not (folder / "canary").exists()
+
+
+def test_slow_files_of_custom_code_are_refused_even_where_they_would_convert(tmp_path: Path) -> None:
+    byte_level(["<|endoftext|>"]).model.save(str(tmp_path))
+    edit(tmp_path, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", eos_token="<|endoftext|>")
+    assert settle(tmp_path, config=GPT2_CONFIG).prompt_format == "oasst"
+    edit(tmp_path, "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_mine.Mine", None]})
+    assert isinstance(failure(tmp_path, config=GPT2_CONFIG), RefusedError)
+
+
+def test_a_vocabulary_file_that_cannot_take_new_tokens_is_left_out(folder: Path) -> None:
+    (folder / "tekken.json").write_text("{}")
+    assert "tekken.json" in settle(folder, "none").files
+    assert "tekken.json" not in settle(folder, "oasst").files
 
 
 def test_tokenizer_json_is_made_from_byte_level_vocabulary_and_merges(tmp_path: Path) -> None:
@@ -459,12 +500,24 @@ def test_tokenizer_json_is_made_from_a_wordpiece_vocabulary(tmp_path: Path) -> N
     assert exported.encode("<|assistant|>", add_special_tokens=False) == [len(exported) - 1]
 
 
-def test_slow_files_that_do_not_convert_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "vocab.json").write_text('{"a": 0}')
-    edit(tmp_path, "tokenizer_config.json", tokenizer_class="NoSuchTokenizer")
-    assert isinstance(failure(tmp_path), RefusedError)
+@pytest.mark.parametrize("class_name", ["NoSuchTokenizer", "BertTokenizer", "LlamaTokenizer", "../GPT2Tokenizer", 3])
+def test_slow_files_of_another_class_are_refused(class_name: object, tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    edit(tmp_path, "tokenizer_config.json", tokenizer_class=class_name)
+    assert isinstance(failure(tmp_path, "none"), RefusedError)
+
+
+def test_a_default_vocabulary_in_the_place_of_the_files_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "qwen.tiktoken").write_text("YQ== 0\nYg== 1\n")
+    edit(tmp_path, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+    assert isinstance(failure(tmp_path, "none", config={"vocab_size": 300}), RefusedError)
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_sentencepiece_model_without_its_library_names_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x00no model")
-    assert isinstance(failure(tmp_path), RefusedError)
+    error = failure(tmp_path)
+    assert isinstance(error, RefusedError) and "pip install sentencepiece" in error.hint
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_copy(tmp_path: Path) -> None:

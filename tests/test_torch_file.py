@@ -620,7 +620,7 @@ def assert_read_or_refused(path: Path) -> None:
             assert isinstance(node, str | bytes | bytearray | int | float | None | Reference | Storage | DType)
 
 
-@pytest.mark.parametrize("rounds", [100, pytest.param(30_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [100, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_changed_files_are_read_or_refused_and_nothing_else(tmp_path: Path, rounds: int) -> None:
     choose = random.Random(4)
     for content, as_file in list(seeds(tmp_path)):

@@ -42,7 +42,7 @@ def regular_size(path: Path) -> int:
 
 
 def _may_follow(link: Path) -> bool:
-    """Whether ``link`` stays in its folder, or is a file of the Hub cache's ``snapshots`` that lies in its ``blobs``."""
+    """Whether ``link`` stays in its folder, or leads from ``snapshots`` to ``blobs`` of one repository's Hub cache."""
     target, folder = link.resolve(), link.parent.resolve()
     if target.is_relative_to(folder):
         return True

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from exporter.hub.failures import is_retriable, may_be_chained, may_have_landed, response_of, translate
+from exporter.hub.failures import is_retriable, may_have_landed, response_of, shown_cause, translate
 from exporter.hub.patience import Patience, limit_xet, requested_pause
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class HubClient:
             return _Failure(error)
 
     def _fail(self, error: Exception, action: str) -> NoReturn:
-        raise translate(error, action, self.token) from (error if may_be_chained(error, self.token) else None)
+        told = translate(error, action, self.token)
+        raise told from shown_cause(told, error, self.token)
 
 
 @dataclass(frozen=True)

@@ -97,9 +97,10 @@ def translate(error: Exception, action: str, token: str) -> ExportError:
     )
 
 
-def may_be_chained(error: BaseException, token: str) -> bool:
-    """Whether a traceback that shows ``error`` keeps the token to itself."""
-    return token not in "".join(traceback.format_exception(error))
+def shown_cause(told: ExportError, error: Exception, token: str) -> Exception | None:
+    """What a traceback of ``told`` may show as its cause: ``error``, unless its text holds the token."""
+    leaks = token in "".join(traceback.format_exception(error))
+    return None if leaks or told in _causes(error) else error
 
 
 def _verdict(status: int, answer: str) -> Verdict:
