@@ -2,7 +2,7 @@
 
 No weight is ever loaded into the model, and nothing is downloaded. transformers 5 keeps some weights in memory under
 other names or fused; what belongs into files is what its own reverse conversion makes of a state dict, which is run
-here on meta tensors (seen in 5.24, ``core_model_loading.revert_weight_conversion``). In 4.x both are the same.
+here on meta tensors (seen in 5.24, ``core_model_loading.revert_weight_conversion``).
 """
 
 from __future__ import annotations
@@ -188,12 +188,9 @@ def _input_embedding(model: Any, disk: Mapping[str, Origin]) -> str | None:
 
 
 def _tied_names(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Alias → stored name. transformers 5 expands its patterns itself; 4.x lists patterns of the aliases only."""
-    if hasattr(model, "get_expanded_tied_weights_keys"):
-        tied = dict(model.get_expanded_tied_weights_keys(all_submodels=True))
-    else:
-        tied = _tied_by_list(model, state)
-    tied = {alias: target for alias, target in tied.items() if alias in state and target in state}
+    """Alias → stored name, as the class and its config say; the library expands the patterns."""
+    expanded = model.get_expanded_tied_weights_keys(all_submodels=True)
+    tied = {alias: target for alias, target in expanded.items() if alias in state and target in state}
     return {alias: _last_target(tied, target) for alias, target in tied.items()}
 
 
@@ -205,18 +202,8 @@ def _last_target(tied: Mapping[str, str], name: str) -> str:
     return name
 
 
-def _tied_by_list(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return {}
-    source = model.get_input_embeddings().weight
-    target = next((name for name, own in model.named_parameters() if own is source), None)
-    keys = [key for key in getattr(model, "_tied_weights_keys", None) or () if key != target]
-    aliases = [name for name in state if any(re.search(key, name) for key in keys) and name != target]
-    return {alias: target for alias in aliases if target is not None and state[alias].shape == state[target].shape}
-
-
 def _fp32_patterns(model: Any, dtype: DType) -> tuple[str, ...]:
-    """transformers 5 and 4.57 alike: the plain list counts for fp16 only, the strict one for bf16 too."""
+    """As from_pretrained has it (``_get_dtype_plan``): the plain list counts for fp16, the strict one for bf16 too."""
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     plain = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype is DType.F16 else set()
     return tuple(sorted(strict | plain))
@@ -224,11 +211,9 @@ def _fp32_patterns(model: Any, dtype: DType) -> tuple[str, ...]:
 
 def _forward_renaming(model: Any) -> Callable[[str], str]:
     """From older names in files to names in memory, for names that the library only renames."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:
-        return str
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     return lambda name: str(rename_source_key(name, renamings, [])[0])
 
@@ -239,10 +224,8 @@ def _disk_origins(model: Any, state: dict[str, torch.Tensor]) -> dict[str, Origi
     The reverse conversion cuts fused weights with views, and copies of them for the file's sake. With the copies left
     out, each result is a view that still knows the storage, offset and strides it came from.
     """
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return {name: Origin(name, 0, tuple(tensor.shape)) for name, tensor in state.items()}
+    from transformers.core_model_loading import revert_weight_conversion
+
     sources = {name: tensor.detach().clone() for name, tensor in state.items()}
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
     with _views_only():
@@ -267,7 +250,7 @@ def _views_only() -> Any:
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class ViewsOnly(TorchDispatchMode):
+    class ViewsOnly(TorchDispatchMode):  # type: ignore[misc]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten.clone.default:
                 return torch.ops.aten.alias.default(args[0])

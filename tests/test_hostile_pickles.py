@@ -25,6 +25,7 @@ from exporter.checkpoints.torch_file import Reference, Storage, Stub, read_torch
 from exporter.errors import CheckpointError
 from exporter.tensors import DType, LazyTensor
 
+SEARCH_PATH = [os.path.abspath(entry) for entry in sys.path]
 MAX_SECONDS = 10
 MAX_MEMORY = 2 * 1024**3
 STREAM_HEADER = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
@@ -374,7 +375,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def in_this_module(code: str, folder: Path) -> str:
     """What ``code`` prints in a process of its own, which has imported this module as ``corpus``."""
-    program = f"import sys; sys.path[:0] = {sys.path!r}; import {__name__} as corpus; {code}"
+    program = f"import sys; sys.path[:0] = {SEARCH_PATH!r}; import {__name__} as corpus; {code}"
     process = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,

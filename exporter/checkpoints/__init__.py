@@ -14,7 +14,7 @@ from pathlib import Path
 from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
 from exporter.checkpoints.zero import is_zero, open_zero
-from exporter.errors import CheckpointError, IncompleteCheckpointError, UsageError
+from exporter.errors import IncompleteCheckpointError, UsageError
 
 __all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
 
@@ -60,7 +60,7 @@ def _open_folder(folder: Path, tag: str | None) -> Checkpoint:
     for is_format, open_format in _FORMATS:
         if is_format(folder):
             return open_format(folder, tag)
-    raise CheckpointError(
+    raise IncompleteCheckpointError(
         f"{folder.name} is no checkpoint: it has no DeepSpeed tag, no safetensors and no pytorch_model.bin file.",
         "Name the folder that the training wrote (with latest, model.safetensors, or checkpoint-N folders).",
     )

@@ -421,7 +421,7 @@ class PartitionedTensor(StoredTensor):
         return math.ceil(self.numel / len(self.ranks))
 
     @property
-    def extents(self) -> tuple[Extent, ...]:  # type: ignore[override]
+    def extents(self) -> tuple[Extent, ...]:
         pieces = tuple(extent for rank in self.ranks for extent in rank.cut(self.start, self.start + self.piece))
         return Vector(pieces).cut(0, self.numel)
 

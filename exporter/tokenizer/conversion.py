@@ -78,7 +78,7 @@ def _load(files: TokenizerFiles, config: Mapping[str, Any]) -> Any:
 
 
 def _is_whole(vocabulary: Mapping[str, int], files: TokenizerFiles, config: Mapping[str, Any]) -> bool:
-    """Whether ``vocabulary`` is that of ``files``: a class that does not find its own files makes one of a few tokens."""
+    """Whether ``vocabulary`` is that of ``files``: a class that does not find its files makes one of a few tokens."""
     stored, rows = _stored_vocabulary(files), config.get("vocab_size")
     if not stored and isinstance(rows, int):
         return len(vocabulary) > rows // 2
@@ -90,5 +90,7 @@ def _stored_vocabulary(files: TokenizerFiles) -> dict[str, int]:
     if "vocab.json" in files:
         vocabulary: dict[str, int] = json.loads(files.contents["vocab.json"])
         return vocabulary
-    lines = files.contents.get("vocab.txt", b"").decode().splitlines()
+    if "vocab.txt" not in files:
+        return {}
+    lines = files.contents["vocab.txt"].decode().replace("\r\n", "\n").removesuffix("\n").split("\n")
     return {token: number for number, token in enumerate(lines)}
