@@ -1,4 +1,4 @@
-"""Exports a checkpoint with the command of the README to a Hub on this machine, and uses the result as a stranger would.
+"""Exports a checkpoint with the README's command to a Hub on this machine, and uses the result as a stranger would.
 
 ``python demo/demo.py CHECKPOINT QUESTION [OPTION ...]`` needs no token and no network: the Hub, the home of the Hub's
 client and everything downloaded from it are gone at the end. OPTIONs are passed on to the export command.

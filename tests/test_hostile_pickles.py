@@ -102,7 +102,7 @@ def standard_attacks() -> dict[str, bytes]:
         "os.system by a dotted name": call(computed("shutil", "os.system"), touch),
         "os.system by a dunder name": call(computed("os", "system.__call__"), touch),
         "os.system by a module's dict": call(method("get", computed("os", "__dict__"), text("system")), touch),
-        "os.popen": call(name("os", "popen"), touch),
+        "os.popen": method("close", call(name("os", "popen"), touch)),
         "os.mkdir": call(name("os", "mkdir"), path),
         "os.symlink": call(name("os", "symlink"), text("/"), path),
         "os.spawnvp": call(name("os", "spawnvp"), b"K\x00", text("touch"), command),

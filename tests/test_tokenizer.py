@@ -533,7 +533,10 @@ def test_a_file_that_is_not_json_is_named(name: str, content: bytes, folder: Pat
     assert isinstance(error, CheckpointError) and name in error.message
 
 
-@pytest.mark.parametrize("keys", [{"added_tokens": 3}, {"model": None}, {"model": {"type": "BPE"}}, {"decoder": 1}])
+PANICKING = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"], "continuing_subword_prefix": "prefix"}
+
+
+@pytest.mark.parametrize("keys", [{"added_tokens": 3}, {"model": None}, {"model": PANICKING}, {"decoder": 1}])
 def test_json_that_is_no_tokenizer_is_a_damaged_checkpoint(keys: dict[str, Any], folder: Path) -> None:
     edit(folder, "tokenizer.json", **keys)
     error = failure(folder)
