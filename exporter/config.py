@@ -52,12 +52,10 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def edit_config(
-    config: Mapping[str, Any], *, vocabulary: Vocabulary, rows: int | None, dtype: DType, tied: bool | None
-) -> dict[str, Any]:
+def edit_config(config: Mapping[str, Any], *, vocabulary: Vocabulary, rows: int | None, dtype: DType) -> dict[str, Any]:
     """config.json for weights of ``dtype`` and an embedding of ``rows`` rows (None: the model has no embedding).
 
-    ``tied`` is written as tie_word_embeddings where it is not None. transformers 4 looks for ``torch_dtype``,
+    transformers 4 looks for ``torch_dtype``,
     ``rope_theta`` and ``rope_scaling`` at the top level, transformers 5 for ``dtype`` and ``rope_parameters``: both are
     written.
     """
@@ -73,8 +71,6 @@ def edit_config(
         _copy_rope(part)
     for part in (edited, *([] if _text_part(edited) is edited else [_text_part(edited)])):
         _agree_on_tokens(part, vocabulary)
-    if tied is not None:
-        edited["tie_word_embeddings"] = tied
     for key, entry in (edited.get("auto_map") or {}).items():
         edited["auto_map"][key] = _localize(entry)
     return edited

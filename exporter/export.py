@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from exporter.card import (
     render_card,
 )
 from exporter.checkpoints import Checkpoint, WeightsChoice, open_checkpoint
+from exporter.checksums import check_members
 from exporter.config import (
     code_files,
     dump_json,
@@ -38,9 +40,9 @@ from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
 from exporter.report import Report, package_versions
 from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
 from exporter.staging import check_output_folder, place, staging_folder
-from exporter.tensors import DType, GrownTensor, LazyTensor
+from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
-from exporter.verify import Check, check_file, check_loads, check_shard, require_equal
+from exporter.verify import Check, check_copy, check_file, check_loads, check_shard, require_equal
 
 _TARGETS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "keep": None}
 
@@ -103,15 +105,34 @@ class Options:
 
 
 @dataclass(frozen=True)
+class PlannedWeights:
+    """What becomes of the weights: the files that they are written to, and where they come from.
+
+    ``weights`` is the set that is read (master or model), ``dtype`` what config.json says, ``rows`` those of the
+    embedding (None: there is none). ``copies`` are the model's own weights where the master weights are written.
+    """
+
+    plan: ExportPlan
+    account: Account
+    architecture: Architecture
+    weights: str
+    dtype: DType
+    rows: int | None
+    copies: Mapping[str, LazyTensor]
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the first byte is written."""
+    """Everything that is known before the first byte is written; ``texts`` are all files but the weights."""
 
     checkpoint: Checkpoint
     vocabulary: Vocabulary
-    account: Account
-    plan: ExportPlan
-    dtype: DType
+    planned: PlannedWeights
     texts: Mapping[str, bytes]
+
+    @property
+    def plan(self) -> ExportPlan:
+        return self.planned.plan
 
 
 def run_export(options: Options, report: Report, console: Console) -> None:
@@ -166,32 +187,46 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
         config=config,
         generation_config=generation_config,
     )
-    code = code_files(checkpoint.folder, config)
+    code = code_files(checkpoint.folder, config, json.loads(vocabulary.files.get("tokenizer_config.json", b"{}")))
+    planned = plan_weights(options, checkpoint, config, code, vocabulary)
+    for note in planned.plan.notes:
+        console.warn(note)
+    report.checkpoint = describe(checkpoint, planned.weights)
+    report.vocabulary = _describe_vocabulary(vocabulary, planned.rows)
+    report.tensors = _describe_tensors(planned)
+    edited = edit_config(config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
+    texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
+    generation = edit_generation_config(generation_config, config, vocabulary)
+    if generation is not None:
+        texts["generation_config.json"] = dump_json(generation)
+    if planned.plan.index is not None:
+        texts[INDEX_NAME] = planned.plan.index
+    facts = card_facts(options, checkpoint, config, vocabulary, planned)
+    texts["README.md"] = render_card(facts, options.card_template).encode()
+    report.output = _describe_plan(planned, texts)
+    return Prepared(checkpoint, vocabulary, planned, texts)
+
+
+def plan_weights(
+    options: Options,
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    code: Mapping[str, bytes],
+    vocabulary: Vocabulary,
+) -> PlannedWeights:
+    """Match the checkpoint's weights with the architecture, let the embedding grow, choose dtypes and files."""
     architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
     target = _TARGETS[options.dtype]
     chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
-    report.checkpoint = describe(checkpoint, chosen)
     matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
     require_equal(matched.tied_values, matched.weights)
     weights, rows = grow(architecture, matched.weights, vocabulary, config, code, options.trust_remote_code)
     dtypes = {name: _written_dtype(architecture, name, tensor.dtype, target) for name, tensor in weights.items()}
     plan = plan_export(weights, dtypes, options.max_shard_size)
-    for note in plan.notes:
-        console.warn(note)
-    dtype = target or _most_common(plan)
-    edited = edit_config(config, vocabulary=vocabulary, rows=rows, dtype=dtype, tied=None)
-    texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
-    generation = edit_generation_config(generation_config, config, vocabulary)
-    if generation is not None:
-        texts["generation_config.json"] = dump_json(generation)
-    if plan.index is not None:
-        texts[INDEX_NAME] = plan.index
-    facts = card_facts(options, checkpoint, config, architecture, vocabulary, plan, dtype)
-    texts["README.md"] = render_card(facts, options.card_template).encode()
-    report.vocabulary = _describe_vocabulary(vocabulary, rows)
-    report.tensors = _describe_tensors(plan, matched, dtype)
-    report.output = _describe_plan(plan, dtype, texts)
-    return Prepared(checkpoint, vocabulary, matched, plan, dtype, texts)
+    copies: Mapping[str, LazyTensor] = {}
+    if chosen == "master" and checkpoint.model is not None:
+        copies = account(architecture, checkpoint.model, checkpoint.aliases).weights
+    return PlannedWeights(plan, matched, architecture, chosen, target or _most_common(plan), rows, copies)
 
 
 def _exactness(architecture: Architecture, target: DType | None) -> Any:
@@ -267,10 +302,8 @@ def card_facts(
     options: Options,
     checkpoint: Checkpoint,
     config: Mapping[str, Any],
-    architecture: Architecture,
     vocabulary: Vocabulary,
-    plan: ExportPlan,
-    dtype: DType,
+    planned: PlannedWeights,
 ) -> CardFacts:
     """What the card can say of this export: options first, then what the checkpoint knows."""
     configs = tuple(TrainingConfig(path.name, _read_text(path)) for path in options.training_configs)
@@ -283,10 +316,10 @@ def card_facts(
         languages=options.languages or known.languages,
         datasets=options.datasets or known.datasets,
         tags=tuple(["conversational"] if vocabulary.chat_template else []),
-        pipeline_tag=_pipeline_tag(architecture.class_name),
-        architecture=architecture.class_name,
-        dtype=dtype if options.dtype != "keep" else None,
-        parameters=sum(tensor.source.numel for tensor in plan.tensors),
+        pipeline_tag=_pipeline_tag(planned.architecture.class_name),
+        architecture=planned.architecture.class_name,
+        dtype=planned.dtype,
+        parameters=sum(tensor.source.numel for tensor in planned.plan.tensors),
         context_length=_context_length(text or {}),
         trust_remote_code=options.trust_remote_code,
         prompt=_prompt_facts(vocabulary),
@@ -341,13 +374,14 @@ def write(
 ) -> tuple[WrittenFile, ...]:
     """Write every file of the export into ``folder`` and check it; the manifest comes last."""
     with report.timed("write"):
-        shards = write_shards(prepared.plan, folder, options, console)
+        shards = write_shards(prepared.planned, folder, options, console)
         _require_finite(shards, options.allow_nonfinite)
+        report.checks += _check_checksums(shards)
         files = [shard.file for shard in shards]
         files += [write_file(name, content, folder) for name, content in sorted(prepared.texts.items())]
     report.checks += [
         Check("files", "passed", f"{len(files)} files have the size and sha256 that were written"),
-        *_source_check(prepared.plan, options),
+        *_source_checks(prepared.planned, options),
     ]
     manifest = Manifest(
         files=tuple(files),
@@ -363,14 +397,17 @@ def write(
     return tuple(files)
 
 
-def write_shards(plan: ExportPlan, folder: Path, options: Options, console: Console) -> list[WrittenShard]:
+def write_shards(planned: PlannedWeights, folder: Path, options: Options, console: Console) -> list[WrittenShard]:
     """Write and check ``options.jobs`` shards at a time, each checked while it is in the page cache."""
-    passes = 1 if options.verify == "files" else 2
+    total = planned.plan.total_size * (1 if options.verify == "files" else 2)
     with (
-        console.progress("Writing weights", plan.total_size * passes) as progress,
+        console.progress("Writing weights", total) as progress,
         ThreadPoolExecutor(max_workers=options.jobs) as pool,
     ):
-        futures = [pool.submit(_write_and_check, shard, folder, options.verify, progress) for shard in plan.shards]
+        futures = [
+            pool.submit(_write_and_check, shard, folder, options.verify, planned.copies, progress)
+            for shard in planned.plan.shards
+        ]
         try:
             return [future.result() for future in futures]
         except BaseException:
@@ -378,18 +415,38 @@ def write_shards(plan: ExportPlan, folder: Path, options: Options, console: Cons
             raise
 
 
-def _write_and_check(shard: Shard, folder: Path, verify: str, progress: Progress) -> WrittenShard:
+def _write_and_check(
+    shard: Shard, folder: Path, verify: str, copies: Mapping[str, LazyTensor], progress: Progress
+) -> WrittenShard:
     written = write_shard(shard, folder, progress)
     check_file(written.file, folder)
     if verify != "files":
         check_shard(shard, folder, progress)
+        for tensor in shard.tensors:
+            if tensor.name in copies:
+                check_copy(replace(tensor, source=_base(tensor.source)), copies[tensor.name])
     return written
 
 
-def _source_check(plan: ExportPlan, options: Options) -> list[Check]:
+def _check_checksums(shards: Sequence[WrittenShard]) -> list[Check]:
+    """The archives' own checksums, of every member that was read."""
+    pieces: dict[Member, set[Piece]] = {}
+    for shard in shards:
+        for member, read in shard.pieces.items():
+            pieces.setdefault(member, set()).update(read)
+    count = check_members(pieces)
+    return [Check("checksums", "passed", f"{count} archive members have their CRC-32")] if count else []
+
+
+def _source_checks(planned: PlannedWeights, options: Options) -> list[Check]:
     if options.verify == "files":
         return []
-    return [Check("source", "passed", f"{len(plan.tensors)} tensors equal the checkpoint bit for bit after the cast")]
+    count = len(planned.plan.tensors)
+    checks = [Check("source", "passed", f"{count} tensors equal the checkpoint bit for bit after the cast")]
+    if planned.copies:
+        detail = f"{len(planned.copies)} master weights, cast, are the model's own copy bit for bit"
+        checks.append(Check("copy", "passed", detail))
+    return checks
 
 
 def _require_finite(shards: Sequence[WrittenShard], allowed: bool) -> None:
@@ -509,22 +566,24 @@ def _describe_vocabulary(vocabulary: Vocabulary, rows: int | None) -> dict[str, 
     }
 
 
-def _describe_tensors(plan: ExportPlan, matched: Account, dtype: DType) -> dict[str, Any]:
+def _describe_tensors(planned: PlannedWeights) -> dict[str, Any]:
+    plan, matched = planned.plan, planned.account
     return {
         "written": len(plan.tensors),
         "cast": sum(tensor.dtype is not tensor.source.dtype for tensor in plan.tensors),
-        "kept": {tensor.name: tensor.dtype.name for tensor in plan.tensors if tensor.dtype is not dtype},
+        "kept": {tensor.name: tensor.dtype.name for tensor in plan.tensors if tensor.dtype is not planned.dtype},
         "dropped": dict(matched.dropped),
         "tied": dict(matched.tied),
     }
 
 
-def _describe_plan(plan: ExportPlan, dtype: DType, texts: Mapping[str, bytes]) -> dict[str, Any]:
+def _describe_plan(planned: PlannedWeights, texts: Mapping[str, bytes]) -> dict[str, Any]:
+    plan = planned.plan
     spelled = {target: name for name, target in _TARGETS.items() if target is not None}
     files = [(shard.name, shard.size) for shard in plan.shards] + [(name, len(text)) for name, text in texts.items()]
     return {
         "folder": None,
-        "dtype": spelled.get(dtype, dtype.value),
+        "dtype": spelled.get(planned.dtype, planned.dtype.value),
         "shards": len(plan.shards),
         "total_size": plan.total_size,
         "files": [{"path": name, "size": size, "sha256": None} for name, size in sorted(files)],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from exporter.errors import OutputError
 from exporter.plan import PlannedTensor, Shard
-from exporter.tensors import SourceFiles
+from exporter.tensors import Member, Piece, SourceFiles
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +43,11 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A shard on disk, and the tensors in it that hold values which are not finite."""
+    """A shard on disk, its tensors that hold values which are not finite, and the checksums of what was read."""
 
     file: WrittenFile
     nonfinite: dict[str, NonFinite] = field(default_factory=dict)
+    pieces: dict[Member, set[Piece]] = field(default_factory=dict)
 
 
 def write_shard(shard: Shard, folder: Path, progress: Progress) -> WrittenShard:
@@ -64,7 +65,7 @@ def write_shard(shard: Shard, folder: Path, progress: Progress) -> WrittenShard:
             digest.update(piece)
             progress(len(piece))
         _sync(output, shard.name)
-    return WrittenShard(WrittenFile(shard.name, shard.size, digest.hexdigest()), nonfinite)
+    return WrittenShard(WrittenFile(shard.name, shard.size, digest.hexdigest()), nonfinite, files.pieces)
 
 
 def write_file(name: str, content: bytes, folder: Path) -> WrittenFile:

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import os
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,15 @@ class Member:
     offset: int
     nbytes: int
     crc32: int | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``nbytes`` bytes of a file from byte ``offset`` on, and their CRC-32."""
+
+    offset: int
+    nbytes: int
+    crc32: int
 
 
 @dataclass(frozen=True)
@@ -233,8 +243,12 @@ def _row_pieces(block: torch.Tensor, position: int, width: int) -> Sequence[torc
 
 @dataclass
 class SourceFiles:
-    """The source files that one reader holds open, and the buffer that it reads into."""
+    """The source files that one reader holds open, and the buffer that it reads into.
 
+    ``pieces`` are the checksums of what was read of each archive member that has one.
+    """
+
+    pieces: dict[Member, set[Piece]] = field(default_factory=dict)
     _descriptors: dict[Path, int] = field(default_factory=dict)
     _buffer: torch.Tensor | None = None
 
@@ -255,12 +269,17 @@ class SourceFiles:
         if self._buffer is None:
             self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         view = memoryview(self._buffer.numpy())
-        position = 0
+        has_checksum = extent.member is not None and extent.member.crc32 is not None
+        position = crc = 0
         while position < extent.nbytes:
             count = min(BLOCK_BYTES, extent.nbytes - position)
             self._read(extent.path, extent.offset + position, view[:count])
+            if has_checksum:
+                crc = zlib.crc32(view[:count], crc)
             yield self._buffer[:count].view(extent.dtype.torch)
             position += count
+        if has_checksum and extent.member is not None:
+            self.pieces.setdefault(extent.member, set()).add(Piece(extent.offset, extent.nbytes, crc))
 
     def _read(self, path: Path, offset: int, into: memoryview) -> None:
         if path not in self._descriptors:

@@ -7,16 +7,19 @@ is trusted.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from exporter.architecture import quiet_library
-from exporter.errors import RefusedError, VerificationError
+from exporter.errors import CheckpointError, RefusedError, VerificationError
 from exporter.plan import PlannedTensor, Shard
 from exporter.shards import Progress, WrittenFile, cast_blocks
 from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles
+
+if TYPE_CHECKING:
+    import torch
 
 _HINT = "Nothing was published. Check the disk, and export again."
 
@@ -85,7 +88,7 @@ def _check_tensor(file: str, tensor: PlannedTensor, found: Any, files: SourceFil
     flat, position = found.reshape(-1), 0
     for _, expected in cast_blocks(tensor, files):
         part = flat[position : position + expected.numel()]
-        if not torch.equal(part.view(torch.uint8), expected.contiguous().view(torch.uint8)):
+        if not torch.equal(_bits(part), _bits(expected)):
             raise VerificationError(
                 f"{file}: {tensor.name} differs from the checkpoint after element {position}.", _HINT
             )
@@ -94,25 +97,65 @@ def _check_tensor(file: str, tensor: PlannedTensor, found: Any, files: SourceFil
         raise VerificationError(f"{file}: {tensor.name} has {position} elements in the checkpoint.", _HINT)
 
 
+def check_copy(tensor: PlannedTensor, copy: LazyTensor) -> None:
+    """The checkpoint's master weights, cast, are the model's own copy bit for bit.
+
+    So it is in every healthy checkpoint (DeepSpeed ZeRO-1, 2, and 3 where weights were gathered); a rank's file mixed
+    up, or of another step, shows here.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    cast = PlannedTensor(tensor.name, copy.dtype, tensor.source)
+    with SourceFiles() as mine, SourceFiles() as theirs:
+        blocks = (written for _, written in cast_blocks(cast, mine))
+        same = tensor.shape == copy.shape and _same_bits(blocks, copy.blocks(theirs))
+    if not same:
+        raise CheckpointError(
+            f"{tensor.name} in the optimizer's master weights is not what the model's own copy says.",
+            "A rank's file is another's, or of another step: copy the files of one save.",
+        )
+
+
 def require_equal(tied_values: Mapping[str, tuple[LazyTensor, str]], weights: Mapping[str, LazyTensor]) -> None:
     """Names that the config calls tied have one value.
 
     Raises:
         RefusedError: they have not; storing one of them would lose the other.
     """
-    import torch
-
     for alias, (tensor, target) in tied_values.items():
         other = weights[target]
         if tensor == other:
             continue
         with SourceFiles() as mine, SourceFiles() as theirs:
-            pairs = zip(tensor.blocks(mine), other.blocks(theirs), strict=False)
-            if tensor.shape != other.shape or not all(torch.equal(a, b) for a, b in pairs):
+            if tensor.shape != other.shape or not _same_bits(tensor.blocks(mine), other.blocks(theirs)):
                 raise RefusedError(
                     f"{alias} and {target} are tied by config.json but have different values.",
                     "Set tie_word_embeddings to false in config.json if the model was trained untied.",
                 )
+
+
+def _same_bits(first: Iterator[torch.Tensor], second: Iterator[torch.Tensor]) -> bool:
+    """Whether two streams of blocks hold the same bytes, wherever the borders of their blocks are."""
+    import torch
+
+    nothing = torch.empty(0, dtype=torch.uint8)
+    mine = theirs = nothing
+    while True:
+        mine = mine if mine.numel() else _bits(next(first, nothing))
+        theirs = theirs if theirs.numel() else _bits(next(second, nothing))
+        count = min(mine.numel(), theirs.numel())
+        if count == 0:
+            return bool(mine.numel() == theirs.numel())
+        if not torch.equal(mine[:count], theirs[:count]):
+            return False
+        mine, theirs = mine[count:], theirs[count:]
+
+
+def _bits(block: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return block.contiguous().view(torch.uint8)
 
 
 def check_loads(folder: Path, prompt: str, trust_remote_code: bool) -> Check:

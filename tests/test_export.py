@@ -16,6 +16,7 @@ import transformers
 from safetensors.torch import load_file
 
 from exporter.card import extract_sample_code
+from exporter.checkpoints import open_checkpoint
 from exporter.errors import CheckpointError, OutputError, RefusedError, UsageError
 from exporter.rehearsal import RehearsalHub
 from exporter.tensors import DType
@@ -207,6 +208,34 @@ def test_values_that_are_not_finite_are_refused_with_their_names(export: Export,
     assert torch.isnan(load(folder).state_dict()["model.norm.weight"][0])
 
 
+@pytest.mark.parametrize("name", ["llama-zero1", "neox-zero2", "llama-trainer-zero3-gathered"])
+def test_master_weights_of_another_step_are_refused_by_the_models_own_copy(
+    name: str, export: Export, tmp_path: Path
+) -> None:
+    checkpoint = Case(name).copy(tmp_path / "copy")
+    shard = sorted(checkpoint.rglob("*optim_states.pt"))[-1]
+    state = torch.load(shard, weights_only=False)
+    groups = state["optimizer_state_dict"]
+    for key in ("single_partition_of_fp32_groups", "fp32_flat_groups"):
+        for group in groups.get(key, []):
+            group.data += 0.5
+    torch.save(state, shard)
+    with pytest.raises(CheckpointError, match="is not what the model's own copy says"):
+        export(checkpoint, weights="master")
+
+
+def test_a_flipped_bit_in_a_partition_is_refused_by_its_checksum(export: Export, tmp_path: Path) -> None:
+    checkpoint = Case("llama-zero3").copy(tmp_path / "copy")
+    shard = sorted(checkpoint.rglob("*rank_1*optim_states.pt"))[0]
+    content = bytearray(shard.read_bytes())
+    part = next(iter(open_checkpoint(checkpoint).master.values())).extents[-1]  # type: ignore[union-attr]
+    content[part.offset] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged: the CRC-32"):
+        export(checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
 def test_tied_names_with_different_values_are_refused(export: Export, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -307,7 +336,7 @@ def test_a_rehearsal_needs_no_token_and_no_network(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     report = json.loads(finished.stdout)
     assert report["status"] == "rehearsed"
-    assert [check["status"] for check in report["checks"]] == ["passed"] * 3
+    assert [check["status"] for check in report["checks"]] == ["passed"] * 4
 
 
 def test_the_report_spells_dtypes_as_safetensors_does(export: Export) -> None:

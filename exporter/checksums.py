@@ -1,0 +1,85 @@
+"""The CRC-32 of archive members, checked with the bytes that are read anyway.
+
+A member is read in pieces, by several writers in any order. The checksums of the pieces are combined to that of the
+member, as zlib's ``crc32_combine`` does: appending n bytes multiplies a checksum by x^(8n) modulo the CRC polynomial.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterable, Mapping
+
+from exporter.errors import CheckpointError
+from exporter.tensors import BLOCK_BYTES, Member, Piece
+
+_POLYNOMIAL = 0xEDB88320
+"""The CRC-32 polynomial of zip archives, bits reversed."""
+
+
+def check_members(pieces: Mapping[Member, Iterable[Piece]]) -> int:
+    """Compare the CRC-32 of each member with the one in its archive; returns the number of members that have one.
+
+    What the pieces leave out of a member (padding) is read here.
+
+    Raises:
+        CheckpointError: a member's bytes are not those that were saved.
+    """
+    for member, read in pieces.items():
+        if _checksum(member, read) != member.crc32:
+            raise CheckpointError(
+                f"{member.path.parent.name}/{member.path.name} is damaged: the CRC-32 of its bytes "
+                f"{member.offset} to {member.offset + member.nbytes} is not the one that was saved with them.",
+                "Copy the file again from where the training wrote it.",
+            )
+    return len(pieces)
+
+
+def _checksum(member: Member, pieces: Iterable[Piece]) -> int:
+    position, total = member.offset, 0
+    for piece in sorted(set(pieces), key=lambda piece: piece.offset):
+        if piece.offset < position:
+            return _crc_of_file(member, member.offset, member.nbytes)
+        gap = piece.offset - position
+        total = combine(total, _crc_of_file(member, position, gap), gap)
+        total = combine(total, piece.crc32, piece.nbytes)
+        position = piece.offset + piece.nbytes
+    rest = member.offset + member.nbytes - position
+    return combine(total, _crc_of_file(member, position, rest), rest)
+
+
+def _crc_of_file(member: Member, offset: int, nbytes: int) -> int:
+    crc = 0
+    with member.path.open("rb") as file:
+        file.seek(offset)
+        while nbytes and (block := file.read(min(nbytes, BLOCK_BYTES))):
+            crc = zlib.crc32(block, crc)
+            nbytes -= len(block)
+    return crc
+
+
+def combine(first: int, second: int, nbytes: int) -> int:
+    """The CRC-32 of two byte strings joined, the second of them ``nbytes`` long."""
+    return _multiply(_shift(nbytes), first) ^ second
+
+
+@functools.lru_cache(maxsize=4096)
+def _shift(nbytes: int) -> int:
+    """x^(8 ``nbytes``) modulo the polynomial."""
+    power, square = 1 << 31, 1 << 23  # x^0 and x^8, bits reversed
+    while nbytes:
+        if nbytes & 1:
+            power = _multiply(square, power)
+        square = _multiply(square, square)
+        nbytes >>= 1
+    return power
+
+
+def _multiply(a: int, b: int) -> int:
+    """The product of two polynomials over GF(2) modulo the CRC polynomial."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
