@@ -48,8 +48,11 @@ def main() -> None:
         code = extract_sample_code(card) or ""
         title("The sample code's output, run as printed")
         run(["-c", code], environment)
-        title(f"The same code, asked: {question}")
-        run(["-c", code.replace(QUESTION, question)], environment)
+        title(f"The same code without sampling, asked: {question}")
+        asked = (
+            code.replace(QUESTION, question).replace("do_sample=True", "do_sample=False").replace("    top_k=10,\n", "")
+        )
+        run(["-c", asked], environment)
 
 
 def title(text: str) -> None:

@@ -211,6 +211,31 @@ def inspect(
     _print_result(findings, as_json, _inspect_lines)
 
 
+@click.command(cls=HyphenCommand)
+@click.argument("folder", type=click.Path(path_type=Path))
+@option("--checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT", help="Compare every tensor with it.")
+@option("--load", is_flag=True, help="Load it offline with transformers, and generate.")
+@checkpoint_options
+@result_options
+def verify(
+    folder: Path,
+    checkpoint: Path | None,
+    load: bool,
+    tag: str | None,
+    trust_remote_code: bool,
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Prove the exported FOLDER again: its files, and if asked its tensors against CHECKPOINT, and that it loads."""
+    with ending(report, as_json) as findings:
+        from exporter.console import Console
+        from exporter.proof import ProofOptions, run_verify
+
+        run_verify(ProofOptions(folder, checkpoint, tag, load, trust_remote_code), findings, Console(quiet))
+    _print_result(findings, as_json, _check_lines)
+
+
 @click.group(context_settings={"max_content_width": 120})
 @click.version_option(__version__, package_name="export-model")
 def main() -> None:
@@ -219,6 +244,7 @@ def main() -> None:
 
 main.add_command(export)
 main.add_command(inspect)
+main.add_command(verify)
 
 
 def _options(kind: type[Any], ctx: click.Context, values: dict[str, Any]) -> Any:
@@ -333,12 +359,16 @@ def _export_lines(report: dict[str, Any]) -> list[str]:
         f"{len(tensors['dropped'])} dropped)"
     ]
     lines += [f"  {file['size']:>15,}  {file['path']}" for file in output["files"]]
-    lines += [f"{check['name']}: {check['status']} ({check['detail']})" for check in report["checks"]]
+    lines += _check_lines(report)
     if output.get("folder"):
         lines.append(f"folder: {output['folder']}")
     if hub:
         lines.append(hub["url"])
     return lines
+
+
+def _check_lines(report: dict[str, Any]) -> list[str]:
+    return [f"{check['name']}: {check['status']} ({check['detail']})" for check in report["checks"]]
 
 
 def _inspect_lines(report: dict[str, Any]) -> list[str]:

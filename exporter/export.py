@@ -160,7 +160,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         files = write(prepared, folder, options, report, console)
         if options.verify == "load":
             with report.timed("load"):
-                report.checks.append(check_loads(folder, _prompt(prepared.vocabulary), options.trust_remote_code))
+                report.checks.append(check_loads(folder, prompt_of(prepared.vocabulary), options.trust_remote_code))
         report.status = "exported"
         if options.rehearse and destination is not None:
             rehearse(destination, folder, files, prepared, options, report, console)
@@ -348,7 +348,7 @@ def _pipeline_tag(class_name: str) -> str | None:
     return "text-classification" if class_name.endswith("ForSequenceClassification") else None
 
 
-def _prompt(vocabulary: Vocabulary) -> str:
+def prompt_of(vocabulary: Vocabulary) -> str:
     if vocabulary.chat_template is None:
         return QUESTION
     return vocabulary.render([{"role": "user", "content": QUESTION}])
@@ -358,7 +358,7 @@ def _prompt_facts(vocabulary: Vocabulary) -> PromptFacts:
     tokens = {"oasst": ("<|prompter|>", "<|assistant|>"), "chatml": ("<|im_start|>", "<|im_end|>")}
     return PromptFacts(
         prompt_format=vocabulary.prompt_format,
-        example=_prompt(vocabulary),
+        example=prompt_of(vocabulary),
         is_chat_template=vocabulary.chat_template is not None,
         special_tokens=tokens.get(vocabulary.prompt_format, ()),
         eos_token=vocabulary.eos_token,
@@ -517,7 +517,7 @@ def rehearse(
             )
             for file in files:
                 check_file(file, Path(copy))
-            loaded = check_loads(Path(copy), _prompt(prepared.vocabulary), options.trust_remote_code)
+            loaded = check_loads(Path(copy), prompt_of(prepared.vocabulary), options.trust_remote_code)
         report.checks.append(Check("rehearsal", "passed", f"{len(files)} files read back; {loaded.detail}"))
     report.status = "rehearsed"
 

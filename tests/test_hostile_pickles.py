@@ -9,6 +9,7 @@ from __future__ import annotations
 import marshal
 import os
 import pickle
+import re
 import resource
 import struct
 import subprocess
@@ -244,6 +245,8 @@ def other_attacks() -> dict[str, bytes]:
         "items of a name": SYSTEM + touch + b"a",
         "call of a dtype": call(name("torch", "float32"), text("float16")),
         "call of a tensor": call(call(v2, storage, *view, b"\x89", b"}"), touch),
+        "call with a list of arguments": name("argparse", "Namespace") + b"]R",
+        "a name that is too long": b"ca\n" + b"a" * 1001,
         "chain of calls": SYSTEM + of(touch) + b"R" + (b")R" * 1000),
     }
 
@@ -413,6 +416,39 @@ def test_an_attack_does_nothing(folder: Path, title: str, write: Callable[[Path,
     for nested in (body, listed(text("weights"), body), mapped(text("weights"), body), body + b"0N"):
         read(write(Path("x.pt"), pickled(nested)))
         assert sorted(os.listdir()) == ["evil.pt", "script.py", "x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("title", "reason"),
+    [
+        ("Size of a function", "a torch.Size that is no shape"),
+        ("parameter of a function", "a parameter without a tensor"),
+        ("rebuild with a function as arguments", "no tuple of arguments"),
+        ("call with a list of arguments", "no tuple of arguments"),
+        ("codecs.encode with a codec", "encodes text in another way"),
+        ("a name that is too long", "by what is not a name"),
+        ("persistent id of a function", "a persistent id that is no storage's"),
+        ("storage of a class that runs", "2 elements of 'os.system'"),
+        ("BUILD onto a name", "sets attributes of a Reference"),
+        ("BUILD onto a dtype", "sets attributes of a DType"),
+        ("BUILD onto a tensor", "sets attributes of a StoredTensor"),
+        ("items of a name", "appends to a Reference"),
+        ("call of a tensor", "calls a StoredTensor"),
+        ("NEWOBJ of a result", "makes an object of a Stub"),
+        ("EXT1", "the opcode b'\\x82'"),
+        ("PERSID", "the opcode b'P'"),
+    ],
+)
+def test_what_no_pickler_of_tensors_writes_is_refused(folder: Path, title: str, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        read_torch_file(as_archive(Path("x.pt"), pickled(OTHER[title])))
+
+
+def test_only_functions_of_torch_rebuild_a_tensor(folder: Path) -> None:
+    tensor = OTHER["rebuild with the state of a class"]
+    assert isinstance(read(as_archive(Path("x.pt"), pickled(tensor))), LazyTensor)
+    other = tensor.replace(b"ctorch._utils\n", b"cevil\n")
+    assert isinstance(read(as_archive(Path("x.pt"), pickled(other))), Stub)
 
 
 def test_what_a_name_means_does_not_depend_on_how_it_begins(folder: Path) -> None:

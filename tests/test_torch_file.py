@@ -24,6 +24,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from exporter.checkpoints import torch_file
 from exporter.checkpoints.torch_file import Reference, Storage, Stub, read_torch_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError
 from exporter.tensors import DType, LazyTensor, SourceFiles, StoredTensor, StridedTensor
@@ -379,10 +380,10 @@ def change(find: bytes, put: bytes) -> Callable[[bytearray, int], None]:
 
 
 def patch(offset: int, put: bytes, *, in_directory: bool = False) -> Callable[[bytearray, int], None]:
-    """Overwrite bytes at ``offset`` of the first local header, or of the directory."""
+    """Overwrite bytes at ``offset`` of the file, or of the directory."""
 
     def apply(content: bytearray, directory: int) -> None:
-        start = offset + (directory if in_directory else 0)
+        start = offset % len(content) + (directory if in_directory else 0)
         assert content[start : start + len(put)] != put
         content[start : start + len(put)] = put
 
@@ -401,6 +402,12 @@ def overlap(content: bytearray, directory: int) -> None:
     """The second entry is placed where the first lies."""
     second = content.index(b"PK\x01\x02", directory + 1)
     content[second + 42 : second + 46] = bytes(4)
+
+
+def misplace(content: bytearray, directory: int) -> None:
+    """The second entry is placed beyond the end."""
+    second = content.index(b"PK\x01\x02", directory + 1)
+    content[second + 42 : second + 46] = b"\xfe\xff\xff\xff"
 
 
 @pytest.mark.parametrize(
@@ -430,6 +437,10 @@ def overlap(content: bytearray, directory: int) -> None:
         (patch(42, b"\x01", in_directory=True), "first member"),
         (patch(42, b"\xf0\xff\xff\x7f", in_directory=True), "first member"),
         (change(b"K\x07", b"K\x08"), "CRC-32"),
+        (patch(-14, b"\x01\x00\x01\x00"), "does not have 1 entries"),
+        (patch(-14, b"\x03\x00\x03\x00"), "fewer than 3 entries"),
+        (patch(-14, b"\x01\x00\x02\x00"), "directory goes from"),
+        (misplace, "ends before byte"),
     ],
 )
 def test_damaged_archives_are_refused(tmp_path: Path, damage: Callable[[bytearray, int], None], reason: str) -> None:
@@ -440,6 +451,54 @@ def test_damaged_archives_are_refused(tmp_path: Path, damage: Callable[[bytearra
     damage(content, content.index(b"PK\x01\x02"))
     path.write_bytes(content)
     assert reason in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "reason"),
+    [
+        (-98, "no zip64 end record"),
+        (-34, "does not lie at byte"),
+        (-82, "no zip64 end record"),
+        (-14, "two end records disagree"),
+        (-12, "two end records disagree"),
+        (-22, "does not end as an archive"),
+    ],
+)
+def test_damaged_end_records_of_torch_are_refused(tmp_path: Path, offset: int, reason: str) -> None:
+    path = save({"a": torch.zeros(1)}, tmp_path / "x.pt")
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    assert reason in refusal(path)
+
+
+def test_an_archive_with_a_comment_is_refused(tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "x.pt", b"\x80\x02N.")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"PK\x05\x06" + bytes(16) + b"\x01\x00"
+    assert "does not end as an archive" in refusal(path)
+
+
+def test_a_huge_directory_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.seek(300_000_000)
+        file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 9, 9, 299_999_996, 4, 0))
+    assert "too many" in refusal(path)
+
+
+def test_a_pickle_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_archive(tmp_path / "x.pt", b"\x80\x02N.")
+    monkeypatch.setattr(torch_file, "MAX_PICKLE_BYTES", 3)
+    assert "data.pkl has 4 bytes, expected at most 3" in refusal(path)
+
+
+def test_stubs_are_equal_only_as_plain_values() -> None:
+    assert Stub("a", (1, "b")) == Stub("a", (1, "b")) and hash(Stub("a", (1,))) == hash(Stub("a", (1,)))
+    for other in (Stub("b", (1,)), Stub("a", (2,)), Stub("a", (1,), {}), Stub("a", (1,), None, [1]), ("a", (1,))):
+        assert Stub("a", (1,)) != other
+    assert Stub("a", ([],)) != Stub("a", ([],))
 
 
 @pytest.mark.parametrize("name", ["x/data.pkl", "y/data.pkl", "data.pkl"])

@@ -126,7 +126,7 @@ class Unpickler:
         """
         try:
             self._run()
-        except (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError, struct.error) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
             raise PickleError(f"its pickle is not valid ({type(error).__name__})") from error
         if len(self._stack) != 1 or self._marked:
             raise PickleError("its pickle does not end with one value")
@@ -238,12 +238,10 @@ class Unpickler:
         return int.from_bytes(self._read(width), "little")
 
     def _chunk(self, length: int) -> bytes:
+        """At most ``length`` bytes: the stream ends after a short read, so the next opcode is missed at once."""
         if length > _LONG_STRING:
             self._spend(length)
-        chunk = self._read(length)
-        if len(chunk) != length:
-            raise EOFError
-        return chunk
+        return self._read(length)
 
     def _push_string(self, length: int) -> None:
         chunk = self._chunk(length)
@@ -437,7 +435,7 @@ class Unpickler:
     def _global(self) -> None:
         module, name = (self._readline(_MAX_NAME_LENGTH + 1).decode() for _ in range(2))
         if not (module.endswith("\n") and name.endswith("\n")):
-            raise EOFError
+            raise PickleError("its pickle names a class by what is not a name")
         self._push_name(module[:-1], name[:-1])
 
     @_opcode(b"\x93")

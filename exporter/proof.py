@@ -1,0 +1,115 @@
+"""Proving an exported folder again, at any age: against its manifest, against the checkpoint, by loading it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoints import open_checkpoint
+from exporter.checkpoints.folder import read_json
+from exporter.config import code_files, read_config, read_generation_config
+from exporter.console import Console
+from exporter.errors import UsageError, VerificationError
+from exporter.export import Options, plan_weights, prompt_of
+from exporter.inspection import describe
+from exporter.manifest import MANIFEST_NAME, read_manifest_files
+from exporter.report import Report
+from exporter.tokenizer import Vocabulary, settle_vocabulary
+from exporter.verify import Check, check_file, check_loads, check_shard
+
+_HINT = "Export again; do not use this folder."
+
+
+@dataclass(frozen=True)
+class ProofOptions:
+    """What is proven: ``folder`` against its manifest, against ``checkpoint``, and by loading it."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    tag: str | None = None
+    load: bool = False
+    trust_remote_code: bool = False
+
+
+def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
+    """Prove the folder; the report's ``checks`` say what was proven.
+
+    Raises:
+        VerificationError: a file is not what the manifest says, or a tensor not what the checkpoint says.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    if not options.folder.is_dir():
+        raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
+    with report.timed("files"):
+        report.checks.append(_check_files(options.folder))
+    vocabulary = _own_vocabulary(options.folder)
+    if options.checkpoint is not None:
+        with report.timed("source"):
+            report.checks.append(_check_source(options, options.checkpoint, vocabulary, report, console))
+    if options.load:
+        with report.timed("load"):
+            report.checks.append(check_loads(options.folder, prompt_of(vocabulary), options.trust_remote_code))
+    report.status = "verified"
+
+
+def _check_files(folder: Path) -> Check:
+    files = read_manifest_files(folder)
+    listed = {file.path for file in files} | {MANIFEST_NAME}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    for name in sorted(found - listed):
+        raise VerificationError(f"{name} is in the folder but not in {MANIFEST_NAME}.", _HINT)
+    for file in files:
+        check_file(file, folder)
+    return Check("files", "passed", f"{len(files)} files have the size and sha256 of {MANIFEST_NAME}")
+
+
+def _own_vocabulary(folder: Path) -> Vocabulary:
+    """The tokenizer of the export as it stands."""
+    return settle_vocabulary(
+        folder,
+        prompt_format="none",
+        config=read_config(folder),
+        generation_config=read_generation_config(folder),
+    )
+
+
+def _check_source(options: ProofOptions, path: Path, vocabulary: Vocabulary, report: Report, console: Console) -> Check:
+    """Plan the same export again, and compare each of its tensors with the folder's."""
+    checkpoint = open_checkpoint(path, options.tag or _manifest(options.folder, "source").get("tag"))
+    config = read_config(checkpoint.folder)
+    code = code_files(checkpoint.folder, config, json.loads(vocabulary.files.get("tokenizer_config.json", b"{}")))
+    planned = plan_weights(_export_options(options, path), checkpoint, config, code, vocabulary)
+    report.checkpoint = describe(checkpoint, planned.weights)
+    names = {shard.name for shard in planned.plan.shards}
+    found = {entry.name for entry in options.folder.glob("*.safetensors")}
+    for name in sorted(names ^ found):
+        raise VerificationError(
+            f"The weight file {name} is in the folder or in the checkpoint's plan, not in both.", _HINT
+        )
+    with console.progress("Comparing weights", planned.plan.total_size) as progress:
+        for shard in planned.plan.shards:
+            check_shard(shard, options.folder, progress)
+    count = len(planned.plan.tensors)
+    return Check("source", "passed", f"{count} tensors equal the checkpoint bit for bit after the cast")
+
+
+def _export_options(options: ProofOptions, path: Path) -> Options:
+    """The options of the export that decide its weights, from the manifest."""
+    made = _manifest(options.folder, "options")
+    source = _manifest(options.folder, "source")
+    try:
+        return replace(
+            Options(path, trust_remote_code=options.trust_remote_code),
+            dtype=str(made["dtype"]),
+            weights=source["weights"],
+            max_shard_size=int(made["max_shard_size"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise VerificationError(f"{MANIFEST_NAME} does not say how the export was made.", "Export again.") from error
+
+
+def _manifest(folder: Path, key: str) -> dict[str, Any]:
+    value = read_json(folder / MANIFEST_NAME).get(key)
+    return value if isinstance(value, dict) else {}
