@@ -261,12 +261,19 @@ def grow(
     Which tensors grow is the architecture's to say: it is asked again with the larger vocabulary.
 
     Raises:
-        RefusedError: a tensor depends on the vocabulary in another way than with a row for each id.
+        RefusedError: a tensor depends on the vocabulary in another way than with a row for each id, or the embedding
+            has too few rows for tokens that nobody added.
     """
     embedding = weights.get(architecture.input_embedding or "")
     if embedding is None:
         return dict(weights), None
     old = embedding.shape[0]
+    if vocabulary.ordinary_size > old:
+        raise RefusedError(
+            f"The tokenizer has {vocabulary.ordinary_size} tokens without those added to it, but "
+            f"{architecture.input_embedding} has {old} rows: it is not the tokenizer of this model.",
+            "Copy the tokenizer that the model was trained with into the checkpoint folder.",
+        )
     rows = embedding_rows(old, vocabulary.size)
     if rows == old:
         return dict(weights), rows

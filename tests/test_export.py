@@ -128,6 +128,15 @@ def test_a_tensor_that_cannot_grow_with_the_vocabulary_is_refused(export: Export
         export(Case("custom-zero2").checkpoint, trust_remote_code=True, prompt_format="oasst")
 
 
+def test_the_tokenizer_of_another_model_is_refused(export: Export, tmp_path: Path) -> None:
+    checkpoint = Case("llama-zero3").copy(tmp_path / "copy")
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"token{number}": number for number in range(1000, 1010)}
+    (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(RefusedError, match=r"has 1010 tokens .* it is not the tokenizer of this model"):
+        export(checkpoint)
+
+
 def test_shards_stay_below_the_size_header_included_and_load(export: Export) -> None:
     case = Case("llama-zero2")
     folder, report = export(case.checkpoint, max_shard_size=8000, prompt_format="none")

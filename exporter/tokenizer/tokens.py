@@ -45,6 +45,12 @@ class Tokens:
         """The highest id plus one."""
         return max(self._ids, default=-1) + 1
 
+    @property
+    def ordinary_size(self) -> int:
+        """The highest id of a token that is not an added one, plus one."""
+        vocabulary = self._library.get_vocab(with_added_tokens=False)
+        return max((number for token, number in vocabulary.items() if token not in self._entries), default=-1) + 1
+
     def number(self, token: str) -> int | None:
         """The id of ``token``, or None where it is none."""
         number: int | None = self._library.token_to_id(token)

@@ -29,14 +29,16 @@ class Vocabulary:
     """What an export's tokenizer is: its files, its ids and its prompt format.
 
     ``files`` are the contents of its files by their path in the export. ``size`` is the highest id that it can produce,
-    plus one. ``added`` are the tokens that this export added. ``prompt_format`` is oasst, chatml, file (a template of
-    the user's), own (the checkpoint's template) or none. ``end_of_turn`` is the special token that the template writes
-    after an assistant's reply, where it writes one: generation must stop there too. ``special_tokens`` are the named
-    ones (``bos_token``, ``eos_token``, ...) that the template may use.
+    plus one, ``ordinary_size`` that of the tokens that nobody added to it. ``added`` are the tokens that this export
+    added. ``prompt_format`` is oasst, chatml, file (a template of the user's), own (the checkpoint's template) or none.
+    ``end_of_turn`` is the special token that the template writes after an assistant's reply, where it writes one:
+    generation must stop there too. ``special_tokens`` are the named ones (``bos_token``, ``eos_token``, ...) that the
+    template may use.
     """
 
     files: Mapping[str, bytes]
     size: int
+    ordinary_size: int
     added: tuple[str, ...]
     prompt_format: str
     bos_token: str | None
@@ -144,6 +146,7 @@ def _settled(
     return Vocabulary(
         files=contents,
         size=tokens.size,
+        ordinary_size=tokens.ordinary_size,
         added=added,
         prompt_format=wanted.name,
         bos_token=bos,
