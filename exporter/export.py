@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ from exporter.config import (
 )
 from exporter.console import Console
 from exporter.errors import RefusedError, UsageError
-from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, publish
+from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, has_token, publish
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest, source_files
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
@@ -151,8 +152,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     card = prepared.texts["README.md"].decode()
     connection = None
     if destination is not None and options.publishes:
-        with report.timed("connect"):
-            connection = connect(destination, token=options.auth_token, card=card, note=console.note)
+        connection = _connect(destination, card, options, report, console)
     if options.dry_run:
         report.status = "planned"
         return
@@ -169,6 +169,17 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         if options.output_folder is not None:
             place(folder, options.output_folder)
             report.output["folder"] = str(options.output_folder)
+
+
+def _connect(
+    destination: Destination, card: str, options: Options, report: Report, console: Console
+) -> Connection | None:
+    """Ask the Hub all that can be known before a weight is read; a dry run does without where there is no token."""
+    if options.dry_run and not has_token(options.auth_token):
+        console.note("There is no token: the plan is made without asking the Hub.")
+        return None
+    with report.timed("connect"):
+        return connect(destination, token=options.auth_token, card=card, note=console.note)
 
 
 # Before the first byte
@@ -411,14 +422,22 @@ def write_shards(planned: PlannedWeights, folder: Path, options: Options, consol
         console.progress("Writing weights", total) as progress,
         ThreadPoolExecutor(max_workers=options.jobs) as pool,
     ):
+        stopped = threading.Event()
+
+        def advance(count: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError("another shard failed, or the run was interrupted")
+            progress(count)
+
         futures = [
-            pool.submit(_write_and_check, shard, folder, options.verify, planned.copies, progress)
+            pool.submit(_write_and_check, shard, folder, options.verify, planned.copies, advance)
             for shard in planned.plan.shards
         ]
         try:
             return [future.result() for future in futures]
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
             raise
 
 

@@ -334,6 +334,18 @@ def test_the_line_of_the_readme_publishes_a_model_whose_sample_code_runs(transpo
         assert contents(folder) == {path: hub.read(name, path) for path in published if path != ".gitattributes"}
 
 
+def test_a_dry_run_without_a_token_does_without_the_hub_and_a_bad_token_is_told(tmp_path: Path) -> None:
+    with RehearsalHub(organizations=["Org"]) as hub:
+        line = [str(PROGRAM), "--dry_run", "--hf_repo_name", "Org/name", str(Case("llama-zero3").checkpoint)]
+        home = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": ""}
+        assert run(line, home).returncode == 0
+        bad = run([*line, "--auth_token", "hf_wrong"], home)
+        assert (bad.returncode, bad.stdout) == (6, "")
+        assert "hf_wrong" not in bad.stderr
+        assert run([*line, "--auth_token", hub.token], home).returncode == 0
+        assert hub.repositories == {}
+
+
 def test_a_rehearsal_needs_no_token_and_no_network(tmp_path: Path) -> None:
     home = {
         "HF_HOME": str(tmp_path),

@@ -593,6 +593,15 @@ def test_bytes_after_the_pickle_are_refused(tmp_path: Path) -> None:
     assert "ends at byte" in refusal(write_archive(tmp_path / "x.pt", b"\x80\x02N.N."))
 
 
+def test_a_stream_with_storages_beyond_its_end_is_refused(tmp_path: Path) -> None:
+    path = save([], tmp_path / "x.pt", zipped=False)
+    header, _, _ = path.read_bytes().partition(b"\x80\x02]q\x00.")
+    storages = [STORAGE.replace(b"K\x02tQ", HUGE + b"NtQ").replace(b"\x000X", b"\x00%dX" % key) for key in (0, 1)]
+    entries = pickle.dumps(["0", "1"], 2) + struct.pack("<q", 2**62)
+    path.write_bytes(header + b"\x80\x02" + b"".join(storages) + b"\x86." + entries)
+    assert "ends before its storage '1'" in refusal(path)
+
+
 @pytest.mark.parametrize("damage", ["longer", "shorter", "count", "key"])
 def test_a_stream_whose_storages_do_not_fit_is_refused(tmp_path: Path, damage: str) -> None:
     path = save({"a": torch.arange(3.0)}, tmp_path / "x.pt", zipped=False)

@@ -195,6 +195,8 @@ def _stream_places(path: Path, file: BinaryIO, size: int, sizes: dict[str, tuple
     position = file.tell()
     places: dict[str, _Place] = {}
     for key, (nbytes, item_size) in sizes.items():
+        if position + 8 > size:
+            damaged(path, f"it has {size} bytes and ends before its storage {key!r:.100}")
         numel = int.from_bytes(os.pread(file.fileno(), 8, position), "little")
         if numel * item_size != nbytes:
             damaged(path, f"its storage {key!r:.100} has {numel} elements, expected {nbytes // item_size}")

@@ -18,6 +18,7 @@ transaction.py   publish
 
 from __future__ import annotations
 
+from exporter.hub.account import has_token
 from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
 from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, plan_push
@@ -31,6 +32,7 @@ __all__ = [
     "PushPlan",
     "RemoteFile",
     "connect",
+    "has_token",
     "plan_push",
     "publish",
 ]

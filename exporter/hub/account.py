@@ -26,6 +26,11 @@ def resolve_token(token: str | None) -> str:
     return found
 
 
+def has_token(token: str | None) -> bool:
+    """Whether a token was given or is configured; nothing is said of whether it is good."""
+    return bool(token or _configured_token())
+
+
 def _configured_token() -> str | None:
     from huggingface_hub import get_token
     from huggingface_hub.errors import OIDCError
