@@ -22,6 +22,7 @@ from exporter import __version__
 from exporter.errors import ExportError
 
 if TYPE_CHECKING:
+    from exporter.console import Console
     from exporter.report import Report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -133,7 +134,7 @@ card_options = options(
 )
 """Facts for the model card."""
 
-publish_options = options(
+release_options = options(
     option("--hf_repo_name", metavar="NS/NAME", help="Publish there."),
     option("--auth_token", metavar="TOKEN", help="Hub token. Safer: HF_TOKEN, or the saved login."),
     option("--private/--public", default=True, show_default=True, help="Visibility of a new repository."),
@@ -141,10 +142,14 @@ publish_options = options(
     option("--create_pr", is_flag=True, help="Commit to a pull request."),
     option("--release_tag", metavar="NAME", help="Tag the commit."),
     option("--commit_message", metavar="TEXT", help="Message of the commit."),
+)
+"""Where it is published."""
+
+rehearsal_options = options(
     option("--rehearse", is_flag=True, help="Publish to a throw-away Hub on this machine, read back and load."),
     option("--no_publish", is_flag=True, help="Everything but the publishing; needs no token."),
 )
-"""Where it is published."""
+"""What is done instead of publishing."""
 
 folder_options = options(
     option("--output_folder", type=click.Path(path_type=Path), metavar="DIR", help="Keep the exported folder there."),
@@ -174,7 +179,8 @@ result_options = options(
 @checkpoint_options
 @weight_options
 @card_options
-@publish_options
+@release_options
+@rehearsal_options
 @folder_options
 @result_options
 @click.version_option(__version__, package_name="export-model")
@@ -189,8 +195,7 @@ def export(ctx: click.Context, /, **values: Any) -> None:
 
         options = _options(Options, ctx, values)
         console = Console(values["quiet"])
-        if ctx.get_parameter_source("auth_token") is ParameterSource.COMMANDLINE:
-            console.warn("--auth_token can be read by other users of this machine; HF_TOKEN or the saved login cannot.")
+        _warn_of_token(ctx, console)
         run_export(options, report, console)
     _print_result(report, values["as_json"], _export_lines)
 
@@ -236,6 +241,23 @@ def verify(
     _print_result(findings, as_json, _check_lines)
 
 
+@click.command(cls=HyphenCommand)
+@click.argument("folder", type=click.Path(path_type=Path))
+@release_options
+@result_options
+@click.pass_context
+def publish(ctx: click.Context, /, report: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
+    """Publish FOLDER, which was exported earlier with --hf_repo_name and --no_publish, exactly as it stands."""
+    with ending(report, as_json) as findings:
+        from exporter.console import Console
+        from exporter.release import ReleaseOptions, run_publish
+
+        console = Console(quiet)
+        _warn_of_token(ctx, console)
+        run_publish(ReleaseOptions(**values), findings, console)
+    _print_result(findings, as_json, _release_lines)
+
+
 @click.group(context_settings={"max_content_width": 120})
 @click.version_option(__version__, package_name="export-model")
 def main() -> None:
@@ -245,6 +267,12 @@ def main() -> None:
 main.add_command(export)
 main.add_command(inspect)
 main.add_command(verify)
+main.add_command(publish)
+
+
+def _warn_of_token(ctx: click.Context, console: Console) -> None:
+    if ctx.get_parameter_source("auth_token") is ParameterSource.COMMANDLINE:
+        console.warn("--auth_token can be read by other users of this machine; HF_TOKEN or the saved login cannot.")
 
 
 def _options(kind: type[Any], ctx: click.Context, values: dict[str, Any]) -> Any:
@@ -365,6 +393,12 @@ def _export_lines(report: dict[str, Any]) -> list[str]:
     if hub:
         lines.append(hub["url"])
     return lines
+
+
+def _release_lines(report: dict[str, Any]) -> list[str]:
+    hub = report["hub"]
+    counts = ", ".join(f"{len(hub[key])} {key}" for key in ("added", "deleted", "unchanged"))
+    return [*_check_lines(report), f"{report['status']}: {counts}", hub["url"]]
 
 
 def _check_lines(report: dict[str, Any]) -> list[str]:

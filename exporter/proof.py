@@ -43,7 +43,7 @@ def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
     if not options.folder.is_dir():
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
-        report.checks.append(_check_files(options.folder))
+        report.checks.append(check_files(options.folder))
     vocabulary = _own_vocabulary(options.folder)
     if options.checkpoint is not None:
         with report.timed("source"):
@@ -54,7 +54,8 @@ def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
     report.status = "verified"
 
 
-def _check_files(folder: Path) -> Check:
+def check_files(folder: Path) -> Check:
+    """The folder holds the files of its manifest, as they were written, and no others."""
     files = read_manifest_files(folder)
     listed = {file.path for file in files} | {MANIFEST_NAME}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}

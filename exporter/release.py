@@ -1,0 +1,73 @@
+"""Publishing a folder that was exported earlier: exactly its files, after they were checked against its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from exporter.checkpoints.folder import read_json
+from exporter.console import Console
+from exporter.errors import UsageError
+from exporter.export import publish_files
+from exporter.hub import Destination, connect
+from exporter.manifest import MANIFEST_NAME, read_manifest_files
+from exporter.proof import check_files
+from exporter.report import Report
+from exporter.shards import WrittenFile
+
+
+@dataclass(frozen=True)
+class ReleaseOptions:
+    """The folder, and where and how to commit it; ``hf_repo_name`` None means the name in its manifest."""
+
+    folder: Path
+    hf_repo_name: str | None = None
+    auth_token: str | None = None
+    private: bool = True
+    revision: str = "main"
+    create_pr: bool = False
+    release_tag: str | None = None
+    commit_message: str | None = None
+
+
+def run_publish(options: ReleaseOptions, report: Report, console: Console) -> None:
+    """Publish ``options.folder`` as it stands.
+
+    Raises:
+        UsageError: the folder was exported for another repository, or for none.
+        VerificationError: it no longer equals its manifest.
+        CredentialError, HubRefusedError, HubUnreachableError: as the Hub answers.
+    """
+    if not options.folder.is_dir():
+        raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
+    with report.timed("files"):
+        report.checks.append(check_files(options.folder))
+    destination = Destination(
+        repo_id=_repository(options),
+        revision=options.revision,
+        private=options.private,
+        create_pr=options.create_pr,
+        release_tag=options.release_tag,
+        commit_message=options.commit_message,
+    )
+    manifest = (options.folder / MANIFEST_NAME).read_bytes()
+    own = WrittenFile(MANIFEST_NAME, len(manifest), hashlib.sha256(manifest).hexdigest())
+    files = [*read_manifest_files(options.folder), own]
+    card = (options.folder / "README.md").read_text(encoding="utf-8")
+    with report.timed("connect"):
+        connection = connect(destination, token=options.auth_token, card=card, note=console.note)
+    publish_files(connection, options.folder, files, report, console)
+
+
+def _repository(options: ReleaseOptions) -> str:
+    """The repository that the folder was exported for, which its card names."""
+    made = read_json(options.folder / MANIFEST_NAME).get("options")
+    name = made.get("hf_repo_name") if isinstance(made, dict) else None
+    wanted = options.hf_repo_name or name
+    if name is None or wanted != name:
+        raise UsageError(
+            f"The folder was exported for {name or 'no repository'}, and its card says so; it cannot be {wanted}.",
+            f"Export again with --hf_repo_name {wanted or 'NS/NAME'} --no_publish --output_folder DIR.",
+        )
+    return str(name)
