@@ -22,8 +22,11 @@ from exporter.tensors import DType, LazyTensor, StoredTensor
 if TYPE_CHECKING:
     import torch
 
-_PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "_forward_module.", "model.")
-"""What wrappers (DDP, torch.compile, PEFT, Lightning) put before the names of a model."""
+_PREFIXES = ("module.", "base_model.model.", "model.")
+"""What wrappers (DDP, PEFT, Lightning) put before all names of a model."""
+
+_WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+"""What torch.compile, Lightning and FSDP put before the names of any module, also inside a model."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Architecture:
 
     ``memory`` are the shapes of the state dict by their names in memory. ``disk`` maps each name in a file to its
     place in memory. ``tied`` maps an alias to the name that is stored, both as in memory. ``input_embedding`` is the
-    matrix with a row for each id.
+    matrix with a row for each id. ``fp32_names`` (as in memory) are fp32 in a model that was built in another dtype.
     """
 
     class_name: str
@@ -50,6 +53,7 @@ class Architecture:
     tied: Mapping[str, str]
     input_embedding: str | None
     fp32_patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fp32_names: frozenset[str] = frozenset()
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     base_prefix: str = ""
@@ -58,7 +62,9 @@ class Architecture:
     def keeps_fp32(self, name: str, dtype: DType) -> bool:
         """Whether the class loads the tensor ``name`` (as on disk) in fp32 when the model is loaded in ``dtype``."""
         memory = self.disk[name].name
-        return any(re.search(rf"(^|\.){pattern}(\.|$)", memory) for pattern in self.fp32_patterns.get(dtype.value, ()))
+        return memory in self.fp32_names or any(
+            re.search(pattern.replace("*", ".*"), memory) for pattern in self.fp32_patterns.get(dtype.value, ())
+        )
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,8 @@ def ask_architecture(config: Mapping[str, Any], code: Mapping[str, bytes], *, tr
 
 
 def _build(folder: Path, config: Mapping[str, Any], code: Mapping[str, bytes], trusted: bool) -> Any:
+    """The model as from_pretrained builds it in bf16: what is fp32 then, the class itself made so."""
+    import torch
     from transformers import AutoConfig
 
     (folder / "config.json").write_text(json.dumps(config))
@@ -97,7 +105,7 @@ def _build(folder: Path, config: Mapping[str, Any], code: Mapping[str, bytes], t
     kind = str((config.get("architectures") or [config.get("model_type")])[0])
     try:
         parsed = AutoConfig.from_pretrained(folder, trust_remote_code=trusted, local_files_only=True)
-        return _model_class(folder, config, parsed, trusted)(parsed)
+        return _model_class(folder, config, parsed, trusted)._from_config(parsed, dtype=torch.bfloat16)
     except ExportError:
         raise
     except Exception as error:
@@ -170,6 +178,7 @@ def _describe(model: Any) -> Architecture:
         tied=tied,
         input_embedding=_input_embedding(model, disk),
         fp32_patterns={dtype.value: _fp32_patterns(model, dtype) for dtype in (DType.BF16, DType.F16)},
+        fp32_names=frozenset(name for name, tensor in state.items() if tensor.dtype is torch.float32),
         optional=tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ()),
         ignored=tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
         base_prefix=str(getattr(model, "base_model_prefix", "") or ""),
@@ -228,8 +237,11 @@ def _disk_origins(model: Any, state: dict[str, torch.Tensor]) -> dict[str, Origi
 
     sources = {name: tensor.detach().clone() for name, tensor in state.items()}
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in sources.items()}
-    with _views_only():
-        converted = revert_weight_conversion(model, sources)
+    try:
+        with _views_only():
+            converted = revert_weight_conversion(model, sources)
+    except RuntimeError as error:
+        raise _no_way_back(type(model).__name__) from error
     origins = {name: _origin(name, tensor, owners) for name, tensor in converted.items()}
     order = {name: position for position, name in enumerate(state)}
     return dict(sorted(origins.items(), key=lambda item: (order[item[1].name], item[1].start)))
@@ -238,15 +250,22 @@ def _disk_origins(model: Any, state: dict[str, torch.Tensor]) -> dict[str, Origi
 def _origin(name: str, tensor: torch.Tensor, owners: Mapping[int, str]) -> Origin:
     owner = owners.get(tensor.untyped_storage()._cdata)
     if owner is None or not tensor.is_contiguous():
-        raise RefusedError(
-            f"{name} is stored in another form than it has in memory, and there is no exact way back.",
-            "Export a folder that save_pretrained wrote.",
-        )
+        raise _no_way_back(name)
     return Origin(owner, int(tensor.storage_offset()), tuple(tensor.shape))
 
 
+def _no_way_back(name: str) -> RefusedError:
+    return RefusedError(
+        f"{name} is stored in another form than it has in memory, and there is no exact way back.",
+        "Export it with save_pretrained of the transformers that trained it.",
+    )
+
+
 def _views_only() -> Any:
-    """A mode in which ``clone`` and ``contiguous`` give back the view that they were asked to copy."""
+    """A mode in which ``clone`` and ``contiguous`` give back the view that they were asked to copy.
+
+    An operation that writes into a tensor raises RuntimeError: its result would pass for a view of the source.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -254,6 +273,8 @@ def _views_only() -> Any:
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten.clone.default:
                 return torch.ops.aten.alias.default(args[0])
+            if func._schema.is_mutable:
+                raise RuntimeError(f"{func} changes values")
             return func(*args, **(kwargs or {}))
 
     return ViewsOnly()
@@ -267,7 +288,8 @@ def account(architecture: Architecture, tensors: Mapping[str, LazyTensor], alias
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape.
     """
-    readings = [_read_as(architecture, renamed, aliases) for renamed in _renamings(architecture, tensors)]
+    full = dict(tensors) | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
+    readings = [_read_as(architecture, renamed) for renamed in _renamings(architecture, full)]
     best = min(readings, key=lambda reading: len(reading.missing) + len(reading.unexpected) + len(reading.misshapen))
     _require_complete(architecture, best)
     return best.account
@@ -284,19 +306,28 @@ class _Reading:
 def _renamings(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> Iterator[dict[str, LazyTensor]]:
     """The tensors under the names that they may mean, likelier ones first."""
     yield dict(tensors)
+    if any(_WRAPPERS.search(name) for name in tensors):
+        for bare in _rename(tensors, lambda name: _WRAPPERS.sub("", name)):
+            yield from _renamings(architecture, bare)
     for prefix in _PREFIXES:
         if tensors and all(name.startswith(prefix) for name in tensors):
             yield from _renamings(architecture, {name[len(prefix) :]: tensor for name, tensor in tensors.items()})
     if architecture.base_prefix:
         yield {f"{architecture.base_prefix}.{name}": tensor for name, tensor in tensors.items()}
-    yield {architecture.renamed(name): tensor for name, tensor in tensors.items()}
+    yield from _rename(tensors, architecture.renamed)
 
 
-def _read_as(architecture: Architecture, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str]) -> _Reading:
+def _rename(tensors: Mapping[str, LazyTensor], renamed: Callable[[str], str]) -> Iterator[dict[str, LazyTensor]]:
+    """The tensors under new names, unless two of them would have one name, and one be lost."""
+    result = {renamed(name): tensor for name, tensor in tensors.items()}
+    if len(result) == len(tensors):
+        yield result
+
+
+def _read_as(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> _Reading:
     in_memory = sum(name in architecture.memory for name in tensors)
     on_disk = sum(name in architecture.disk for name in tensors)
-    full = dict(tensors) | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
-    find = _find_in_memory(architecture, full) if in_memory > on_disk else full.get
+    find = (_find_in_memory if in_memory > on_disk else _find_on_disk)(architecture, tensors)
     weights, missing, misshapen = {}, [], []
     for name, origin in architecture.disk.items():
         tensor = find(name)
@@ -308,12 +339,12 @@ def _read_as(architecture: Architecture, tensors: Mapping[str, LazyTensor], alia
         else:
             weights[name] = tensor
     known = architecture.memory.keys() if in_memory > on_disk else architecture.disk.keys()
-    return _sort_rest(architecture, full, weights, known, missing, misshapen)
+    return _sort_rest(architecture, tensors, weights, known, missing, misshapen)
 
 
 def _sort_rest(
     architecture: Architecture,
-    full: Mapping[str, LazyTensor],
+    tensors: Mapping[str, LazyTensor],
     weights: Mapping[str, LazyTensor],
     known: Any,
     missing: list[str],
@@ -325,15 +356,15 @@ def _sort_rest(
     values: dict[str, tuple[LazyTensor, str]] = {}
     dropped: dict[str, str] = {}
     unexpected = []
-    for name, tensor in full.items():
-        alias = name if name in architecture.tied else architecture.renamed(name)
-        if alias in architecture.tied:
-            tied[name] = places[architecture.tied[alias]]
+    for name, tensor in tensors.items():
+        target = _tied_target(architecture, name)
+        if target is not None:
+            tied[name] = places[target]
             values[name] = (tensor, tied[name])
             dropped[name] = f"tied to {tied[name]}"
         elif name in known:
             continue
-        elif any(re.search(pattern, name) for pattern in architecture.ignored) or _is_derived(name):
+        elif any(re.search(pattern, name) for pattern in architecture.ignored) or _is_derived(name, tensor):
             dropped[name] = "not loaded by the architecture"
         else:
             unexpected.append(name)
@@ -342,20 +373,34 @@ def _sort_rest(
     return _Reading(Account(weights, tied, dropped, values), missing, unexpected, misshapen)
 
 
-def _is_derived(name: str) -> bool:
-    """Buffers that old versions of the library saved and that every later one computes."""
-    return re.search(r"\.(rotary_emb\.inv_freq|attn(ention)?\.(masked_)?bias|masked_bias)$", name) is not None
+def _is_derived(name: str, tensor: LazyTensor) -> bool:
+    """Buffers that old versions of the library saved and that every later one computes.
+
+    They are rotary frequencies (a vector), causal masks ([1, 1, n, n]) and the value of what is masked (a scalar).
+    """
+    if re.search(r"\.rotary_emb\.inv_freq$", name):
+        return len(tensor.shape) == 1
+    if re.search(r"\.attn\.bias$|\.attention\.bias$", name):
+        return len(tensor.shape) == 4 and tensor.shape == (1, 1, tensor.shape[-1], tensor.shape[-1])
+    return re.search(r"\.masked_bias$", name) is not None and tensor.numel == 1
+
+
+def _tied_target(architecture: Architecture, name: str) -> str | None:
+    """The stored name in memory that ``name``, in memory or on disk, is an alias of."""
+    if name in architecture.tied or name in architecture.disk:
+        return architecture.tied.get(name)
+    return architecture.tied.get(architecture.renamed(name))
 
 
 def _find_in_memory(
     architecture: Architecture, tensors: Mapping[str, LazyTensor]
 ) -> Callable[[str], LazyTensor | None]:
     """From a name on disk to that part of the tensors in memory; a tied name stands for the one that is stored."""
-    targets = {target: alias for alias, target in architecture.tied.items() if alias in tensors}
+    aliases = _by_target(architecture, tensors)
 
     def find(name: str) -> LazyTensor | None:
         origin = architecture.disk[name]
-        whole = tensors.get(origin.name, tensors.get(targets.get(origin.name, "")))
+        whole = tensors.get(origin.name, aliases.get(origin.name))
         if whole is None or origin.shape == architecture.memory[origin.name]:
             return whole
         if whole.shape != architecture.memory[origin.name] or not isinstance(whole, StoredTensor):
@@ -363,6 +408,17 @@ def _find_in_memory(
         return whole.slice(origin.start, origin.shape)
 
     return find
+
+
+def _find_on_disk(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> Callable[[str], LazyTensor | None]:
+    """From a name on disk to the tensor; a tied name stands for the one that is stored."""
+    aliases = _by_target(architecture, tensors)
+    return lambda name: tensors.get(name, aliases.get(architecture.disk[name].name))
+
+
+def _by_target(architecture: Architecture, tensors: Mapping[str, LazyTensor]) -> dict[str | None, LazyTensor]:
+    """The tensors under tied names, by the name in memory that is stored for them."""
+    return {_tied_target(architecture, name): tensor for name, tensor in tensors.items()}
 
 
 def _require_complete(architecture: Architecture, reading: _Reading) -> None:

@@ -56,22 +56,34 @@ class HyphenCommand(click.Command):
     """Takes every long option with hyphens as well as with underscores, and from EXPORT_MODEL_<NAME>."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        arguments = [_underscored(argument) for argument in args]
-        ctx.meta["arguments"] = list(arguments)
-        return super().parse_args(ctx, arguments)
+        ctx.token_normalize_func = _underscored
+        ctx.meta["arguments"] = list(args)
+        return super().parse_args(ctx, args)
 
 
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--") or argument == "--":
-        return argument
-    name, equals, value = argument.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
+def _underscored(name: str) -> str:
+    return name.replace("-", "_")
+
+
+class SwitchOption(click.Option):
+    """``--this/--that``, which can also come from EXPORT_MODEL_THIS or EXPORT_MODEL_THAT."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        other = os.environ.get(_variable(self.secondary_opts[0]))
+        if super().resolve_envvar_value(ctx) is None and other:
+            return str(not click.BOOL.convert(other, self, ctx))
+        return super().resolve_envvar_value(ctx)
+
+
+def _variable(name: str) -> str:
+    return f"EXPORT_MODEL_{name.strip('-').upper()}"
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Command], Command]:
     """A click option that can also come from the environment."""
-    long = next(name for name in names if name.startswith("--")).split("/")[0]
-    return click.option(*names, envvar=f"EXPORT_MODEL_{long.strip('- ').upper()}", **attributes)
+    long = next(name for name in names if name.startswith("--"))
+    kind = SwitchOption if "/" in long else click.Option
+    return click.option(*names, cls=kind, envvar=_variable(long.split("/")[0]), **attributes)
 
 
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -189,6 +201,8 @@ def export(ctx: click.Context, /, **values: Any) -> None:
     """Export CHECKPOINT, a DeepSpeed or Hugging Face folder or a training run's output, as a model repository."""
     if not (values["hf_repo_name"] or values["output_folder"] or values["rehearse"] or values["dry_run"]):
         raise click.UsageError("Say where to: --hf_repo_name, --output_folder, --rehearse or --dry_run.")
+    if values["report"] and values["output_folder"] and _is_inside(values["report"], values["output_folder"]):
+        raise click.UsageError("--report lies inside --output_folder, which holds the export's own files alone.")
     with ending(values["report"], values["as_json"]) as report:
         from exporter.console import Console
         from exporter.export import Options, run_export
@@ -270,6 +284,10 @@ main.add_command(verify)
 main.add_command(publish)
 
 
+def _is_inside(path: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
 def _warn_of_token(ctx: click.Context, console: Console) -> None:
     if ctx.get_parameter_source("auth_token") is ParameterSource.COMMANDLINE:
         console.warn("--auth_token can be read by other users of this machine; HF_TOKEN or the saved login cannot.")
@@ -297,13 +315,17 @@ def _card_command(ctx: click.Context) -> str:
 
 def _position(ctx: click.Context) -> Callable[[click.Parameter], int]:
     """Where a parameter first stood in the command; what came from the environment comes last."""
-    arguments = [argument.partition("=")[0] for argument in ctx.meta["arguments"]]
+    arguments: list[str] = ctx.meta["arguments"]
+
+    def is_named(argument: str, parameter: click.Parameter) -> bool:
+        if isinstance(parameter, click.Argument):
+            return bool(Path(argument) == ctx.params[parameter.name or ""])
+        name = "--" + _underscored(argument[2:].partition("=")[0])
+        return argument.startswith("--") and name in (*parameter.opts, *parameter.secondary_opts)
 
     def position(parameter: click.Parameter) -> int:
-        names = [*parameter.opts, *parameter.secondary_opts]
-        if isinstance(parameter, click.Argument):
-            names = [str(ctx.params[parameter.name or ""])]
-        return next((index for index, argument in enumerate(arguments) if argument in names), len(arguments))
+        found = (index for index, argument in enumerate(arguments) if is_named(argument, parameter))
+        return next(found, len(arguments))
 
     return position
 
@@ -317,66 +339,109 @@ def _card_words(parameter: click.Parameter, value: Any) -> str:
         return ""
     if value is True:
         return parameter.opts[0]
-    items = [
-        item.name if isinstance(item, Path) else str(item) for item in (value if isinstance(value, tuple) else (value,))
-    ]
-    return " ".join(f"{parameter.opts[0]} {shlex.quote(item)}" for item in items)
+    items = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{parameter.opts[0]} {shlex.quote(_without_folder(parameter, item))}" for item in items)
+
+
+def _without_folder(parameter: click.Parameter, item: Any) -> str:
+    """A value as the card shows it: of a local path, the last name."""
+    may_be_path = isinstance(item, Path) or parameter.name in ("prompt_format", "base_model")
+    if may_be_path and (os.path.isabs(item) or os.path.exists(item)):
+        return Path(item).name
+    return str(item)
 
 
 @contextmanager
 def ending(report_path: Path | None, as_json: bool) -> Iterator[Report]:
-    """Every way in which a command can end: its exit code, its line, its report."""
+    """Every way in which a command can end: its exit code, its line, its report.
+
+    The report is written at the start too, as a failed one: a place that takes none is known before the work, and an
+    earlier run's report is not taken for that of a run which was killed.
+    """
+    from exporter.console import say
     from exporter.report import Report
 
     report = Report()
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield report
-        code = 0
-    except ExportError as error:
-        code = error.exit_code
-        report.fail(code, error.kind, error.message, error.hint)
-        _say_failure(error.message, error.hint, bool(os.environ.get("EXPORT_MODEL_DEBUG")))
-    except KeyboardInterrupt:
-        code, message, hint = 130, "Interrupted.", "Run the same command again to finish."
-        report.fail(code, "interrupted", message, hint)
-        _say_failure(message, hint, debug=False)
-    except Exception as error:
-        code = 1
-        report.fail(code, "bug", f"{type(error).__name__}: {error}", "Please report this with the traceback.")
-        traceback.print_exc()
-    if report_path is not None:
-        code = _write_report(report, report_path) or code
+    with _interruption() as received:
+        code = _write_report(report, report_path)
+        if not code:
+            try:
+                yield report
+            except (Exception, KeyboardInterrupt) as error:
+                # A library may turn the interrupt that it meets into an error of its own.
+                code = _tell_failure(report, KeyboardInterrupt() if received else error)
+            written = _write_report(report, report_path)
+            code = code or written
     if code:
         if as_json:
-            click.echo(report.dump())
+            say(report.dump())
         sys.exit(code)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """SIGTERM as SIGINT: the first one interrupts, later ones do not disturb the cleaning up. Yields those received."""
+    received: list[int] = []
+
+    def interrupt(signum: int, frame: Any) -> None:
+        received.append(signum)
+        if len(received) == 1:
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def _say_failure(message: str, hint: str, debug: bool) -> None:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"Error: {message}", err=True)
-    click.echo(f"Hint: {hint}", err=True)
+def _tell_failure(report: Report, error: BaseException) -> int:
+    """Say why the run failed, note it in the report, and return its exit code."""
+    if isinstance(error, ExportError):
+        code, kind, message, hint = error.exit_code, error.kind, error.message, error.hint
+    elif isinstance(error, KeyboardInterrupt):
+        code, kind, message, hint = 130, "interrupted", "Interrupted.", "Run the same command again to finish."
+    else:
+        code, kind, hint = 1, "bug", "Please report this with the traceback."
+        message = f"{type(error).__name__}: {error}"
+    report.fail(code, kind, message, hint)
+    if code == 1 or (os.environ.get("EXPORT_MODEL_DEBUG") and code != 130):
+        traceback.print_exception(error)
+    if code != 1:
+        _say_failure(message, hint)
+    return code
 
 
-def _write_report(report: Report, path: Path) -> int:
+def _say_failure(message: str, hint: str) -> None:
+    from exporter.console import say
+
+    say(f"Error: {message}", err=True)
+    say(f"Hint: {hint}", err=True)
+
+
+def _write_report(report: Report, path: Path | None) -> int:
     """Zero, or the exit code of a report that cannot be written."""
     try:
-        report.write(path)
+        if path is not None:
+            report.write(path)
     except ExportError as error:
-        _say_failure(error.message, error.hint, debug=False)
+        if report.error is None:
+            report.fail(error.exit_code, error.kind, error.message, error.hint)
+        _say_failure(error.message, error.hint)
         return error.exit_code
     return 0
 
 
 def _print_result(report: Report, as_json: bool, lines: Callable[[dict[str, Any]], Sequence[str]]) -> None:
-    for line in [report.dump()] if as_json else lines(report.as_dict()):
-        click.echo(line)
+    from exporter.console import say
+
+    try:
+        for line in [report.dump()] if as_json else lines(report.as_dict()):
+            say(line)
+    except ExportError as error:
+        _say_failure(error.message, error.hint)
+        sys.exit(error.exit_code)
 
 
 def _export_lines(report: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from exporter.errors import CheckpointError, RefusedError
 from exporter.tensors import DType
 from exporter.tokenizer import Vocabulary
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-"""NAMESPACE/NAME, as the Hub allows it."""
+_NEOX_ROTARY_PCT = 0.25
+"""GPTNeoXConfig's default share of rotated dimensions, in transformers 4 and 5."""
 
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -55,17 +54,15 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 def edit_config(config: Mapping[str, Any], *, vocabulary: Vocabulary, rows: int | None, dtype: DType) -> dict[str, Any]:
     """config.json for weights of ``dtype`` and an embedding of ``rows`` rows (None: the model has no embedding).
 
-    transformers 4 looks for ``torch_dtype``,
-    ``rope_theta`` and ``rope_scaling`` at the top level, transformers 5 for ``dtype`` and ``rope_parameters``: both are
-    written.
+    transformers 4 looks for ``torch_dtype`` and, at the top level, for what transformers 5 keeps in ``dtype`` and
+    ``rope_parameters``: both are written. ``_name_or_path`` goes: it is the trainer's path, and a relative one looks
+    like a Hub id.
     """
     edited = dict(config) if rows is None else with_rows(config, rows)
     edited = copy.deepcopy(edited)
-    name = edited.get("_name_or_path")
-    if name is not None and not HUB_ID.fullmatch(str(name)):
-        del edited["_name_or_path"]
     edited |= {"dtype": dtype.value, "torch_dtype": dtype.value}
     for part in _parts(edited):
+        part.pop("_name_or_path", None)
         if "dtype" in part or "torch_dtype" in part:
             part |= {key: dtype.value for key in ("dtype", "torch_dtype") if key in part}
         _copy_rope(part)
@@ -160,12 +157,29 @@ def _text_part(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _copy_rope(part: dict[str, Any]) -> None:
-    rope = part.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
+    """Write the rotary embedding where transformers 4.57 reads it; its defaults would load without a word."""
+    parameters = part.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return
+    rope = _nested(parameters, "full_attention") or parameters
+    if "rope_theta" not in rope:
         return
     part["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        part["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if str(part.get("model_type")).startswith("gpt_neox"):
+        part["rotary_emb_base"] = rope["rope_theta"]
+        part["rotary_pct"] = rope.get("partial_rotary_factor", _NEOX_ROTARY_PCT)
+    if "rope_theta" in (sliding := _nested(parameters, "sliding_attention")):
+        part["rope_local_base_freq"] = sliding["rope_theta"]
     if rope.get("rope_type", "default") != "default":
-        part["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        elsewhere = ("rope_theta", "partial_rotary_factor")
+        part["rope_scaling"] = {key: value for key, value in rope.items() if key not in elsewhere}
+
+
+def _nested(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _agree_on_tokens(part: dict[str, Any], vocabulary: Vocabulary, stops: bool = False) -> None:

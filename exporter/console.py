@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,24 @@ from dataclasses import dataclass
 
 import click
 
+from exporter.errors import OutputError
 from exporter.shards import Progress
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line. A reader that has gone away does not end a run, nor does a log that is full.
+
+    Raises:
+        OutputError: stdout takes no more, so that the result would be lost.
+    """
+    try:
+        click.echo(text, err=err)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if err else sys.stdout).fileno())
+        if not err and not isinstance(error, BrokenPipeError):
+            raise OutputError(
+                f"The result cannot be printed: {error.strerror}.", "Send stdout elsewhere; see --report too."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -21,18 +39,18 @@ class Console:
     def note(self, text: str) -> None:
         """One line that the user should know but need not act on."""
         if not self.quiet:
-            click.echo(text, err=True)
+            say(text, err=True)
 
     def warn(self, text: str) -> None:
         """One line that the user should act on; --quiet does not hide it."""
-        click.echo(f"Warning: {text}", err=True)
+        say(f"Warning: {text}", err=True)
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
         """A bar of ``total`` bytes on a terminal; nothing in a pipe."""
         from tqdm import tqdm
 
-        silent = self.quiet or not sys.stderr.isatty()
+        silent = self.quiet or sys.stderr is None or not sys.stderr.isatty()
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=silent, leave=False) as bar:
 
             def advance(count: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoints.folder import read_json
-from exporter.errors import VerificationError
+from exporter.errors import CheckpointError, VerificationError
 from exporter.shards import WrittenFile
 from exporter.tensors import LazyTensor, StoredTensor, StridedTensor
 
@@ -82,5 +82,5 @@ def read_manifest_files(folder: Path) -> tuple[WrittenFile, ...]:
             WrittenFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"]))
             for entry in read_json(path)["files"]
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise VerificationError(f"{MANIFEST_NAME} is not a manifest of this program.", "Export again.") from error

@@ -89,7 +89,7 @@ def plan_export(tensors: Mapping[str, LazyTensor], dtypes: Mapping[str, DType], 
     notes: list[str] = []
     for name, source in tensors.items():
         tensor = PlannedTensor(name, dtypes[name], source)
-        cost = tensor.nbytes + len(_entry(tensor, max_shard_size, max_shard_size))
+        cost = tensor.nbytes + len(_entry(tensor, max_shard_size, max_shard_size).encode())
         if groups and sizes[-1] + cost <= max_shard_size:
             groups[-1].append(tensor)
             sizes[-1] += cost

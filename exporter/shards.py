@@ -98,10 +98,11 @@ def _pieces(shard: Shard, files: SourceFiles, nonfinite: dict[str, NonFinite]) -
     for tensor in shard.tensors:
         source = cast = 0
         for block, written in cast_blocks(tensor, files):
-            if tensor.source.dtype.is_floating:
+            # No cast makes a value finite that was not, so that one look is enough where all is well.
+            if written.dtype.is_floating_point and (in_written := _count_nonfinite(written)):
                 in_source = _count_nonfinite(block)
                 source += in_source
-                cast += _count_nonfinite(written) - in_source
+                cast += in_written - in_source
             yield as_bytes(written)
         if source or cast:
             nonfinite[tensor.name] = NonFinite(source, cast)
@@ -113,8 +114,8 @@ def _count_nonfinite(block: torch.Tensor) -> int:
 
     if block.dtype.itemsize == 1:
         block = block.to(torch.float32)
-    # A sum is finite only if every element is, and costs a fraction of a test of each; float64 cannot overflow here.
-    if torch.isfinite(block.sum(dtype=torch.float64)) and block.dtype is not torch.float64:
+    # A sum is finite only if every element is, and costs a fraction of a test of each.
+    if torch.isfinite(block.sum(dtype=torch.float64 if block.dtype is torch.float64 else torch.float32)):
         return 0
     return int(block.numel() - torch.isfinite(block).sum())
 

@@ -74,6 +74,8 @@ def check_shard(shard: Shard, folder: Path, progress: Progress) -> None:
                 progress(tensor.nbytes)
     except SafetensorError as error:
         raise VerificationError(f"{shard.name} is not a valid safetensors file: {error}.", _HINT) from error
+    except FileNotFoundError as error:
+        raise VerificationError(f"{shard.name} is not in the folder.", _HINT) from error
 
 
 def _check_tensor(file: str, tensor: PlannedTensor, found: Any, files: SourceFiles) -> None:

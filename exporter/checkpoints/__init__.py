@@ -12,15 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
+from exporter.checkpoints.folder import require_inside
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
-from exporter.checkpoints.zero import is_zero, open_zero
-from exporter.errors import IncompleteCheckpointError, UsageError
+from exporter.checkpoints.zero import is_tag, is_zero, open_zero
+from exporter.errors import CheckpointError, IncompleteCheckpointError, UsageError
 
 __all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
 
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
     (is_zero, open_zero),
-    (is_pretrained, lambda folder, tag: open_pretrained(folder)),
+    (is_pretrained, open_pretrained),
 )
 
 
@@ -34,16 +35,30 @@ def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:
     """
     if not path.is_dir():
         raise UsageError(f"There is no checkpoint folder {path.name!r}.", "Name the folder that the training wrote.")
-    runs = sorted(
-        (entry for entry in path.iterdir() if re.fullmatch(r"checkpoint-\d{1,18}", entry.name) and entry.is_dir()),
-        key=lambda entry: int(entry.name.partition("-")[2]),
-    )
-    return _open_newest(runs, tag) if runs else _open_folder(path, tag)
+    try:
+        runs = _run_checkpoints(path)
+        return _open_newest(runs, tag) if runs else _open_folder(path, tag)
+    except OSError as error:
+        raise CheckpointError(
+            f"{Path(error.filename or path).name} cannot be read: {error.strerror}.",
+            "Make the checkpoint folder and all its files readable.",
+        ) from error
+
+
+def _run_checkpoints(path: Path) -> list[Path]:
+    """The ``checkpoint-N`` folders of a run, oldest first; a DeepSpeed tag of that name is none."""
+    runs = [
+        entry
+        for entry in path.iterdir()
+        if re.fullmatch(r"checkpoint-\d{1,18}", entry.name) and entry.is_dir() and not is_tag(entry)
+    ]
+    return sorted(runs, key=lambda entry: int(entry.name.partition("-")[2]))
 
 
 def _open_newest(runs: list[Path], tag: str | None) -> Checkpoint:
     notes: list[str] = []
     for folder in reversed(runs):
+        require_inside(folder)
         try:
             checkpoint = _open_folder(folder, tag)
         except IncompleteCheckpointError as error:
@@ -60,6 +75,11 @@ def _open_folder(folder: Path, tag: str | None) -> Checkpoint:
     for is_format, open_format in _FORMATS:
         if is_format(folder):
             return open_format(folder, tag)
+    if is_tag(folder):
+        raise CheckpointError(
+            f"{folder.name} is a tag of a DeepSpeed checkpoint, not the checkpoint: config.json lies above it.",
+            f"Name the folder that holds {folder.name}, with --tag {folder.name}.",
+        )
     raise IncompleteCheckpointError(
         f"{folder.name} is no checkpoint: it has no DeepSpeed tag, no safetensors and no pytorch_model.bin file.",
         "Name the folder that the training wrote (with latest, model.safetensors, or checkpoint-N folders).",

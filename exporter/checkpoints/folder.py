@@ -13,7 +13,11 @@ from typing import Any
 
 from exporter.errors import CheckpointError, IncompleteCheckpointError
 
-MAX_JSON_BYTES = 512 * 1024 * 1024
+MAX_JSON_BYTES = 128 * 1024 * 1024
+MAX_JSON_MARKS = 8_000_000
+"""The most brackets, braces, colons and commas of a JSON text: a parsed value takes up to a hundred bytes for each."""
+
+MAX_NAME_LENGTH = 1024
 
 
 def regular_size(path: Path) -> int:
@@ -33,12 +37,26 @@ def regular_size(path: Path) -> int:
         raise CheckpointError(f"{path.name} is not a regular file.", "Remove it, or copy the checkpoint again.")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path.name} cannot be read: permission denied.", "Make the file readable.")
+    require_inside(path)
+    return status.st_size
+
+
+def require_inside(path: Path) -> None:
+    """Refuse a link that leaves its folder.
+
+    Raises:
+        CheckpointError: ``path`` is such a link.
+    """
     if path.is_symlink() and not _may_follow(path):
         raise CheckpointError(
             f"{path.name} is a symbolic link that leaves the checkpoint folder.",
-            "Replace the link by the file that it means, if that file belongs to the checkpoint.",
+            "Replace the link by what it means, if that belongs to the checkpoint.",
         )
-    return status.st_size
+
+
+def is_name(value: Any) -> bool:
+    """Whether ``value`` can be the name of a tensor or file: one line of text without control characters."""
+    return isinstance(value, str) and value.isprintable() and 0 < len(value) <= MAX_NAME_LENGTH
 
 
 def _may_follow(link: Path) -> bool:
@@ -50,17 +68,18 @@ def _may_follow(link: Path) -> bool:
     return repository is not None and target.parent == repository / "blobs"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     """The JSON object in ``path``.
 
     Raises:
-        CheckpointError: the file is absent, not a regular file, too large, or not a JSON object.
+        CheckpointError: the file is absent, not a regular file, too large, or not a JSON object, or it names a key
+            twice where ``unique_keys`` forbids it.
     """
     size = regular_size(path)
     if size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path.name} has {size} bytes, too many for a JSON file.", "Remove or replace it.")
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes(), unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} is not valid JSON: {_one_line(error)}.", "Repair or copy it again."
@@ -68,6 +87,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} holds {type(value).__name__}, expected a JSON object.", "Repair it.")
     return value
+
+
+def parse_json(raw: bytes, unique_keys: bool) -> Any:
+    """The value of the UTF-8 text ``raw``, in bounded memory.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, has too many values, or a key twice against ``unique_keys``.
+    """
+    if sum(raw.count(mark) for mark in (b"[", b"{", b":", b",")) > MAX_JSON_MARKS:
+        raise ValueError("it has too many values")
+    return json.loads(raw.decode(), object_pairs_hook=_unique if unique_keys else None)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("it names a key twice")
+    return entries
 
 
 def _one_line(error: Exception) -> str:

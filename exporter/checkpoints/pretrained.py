@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from exporter.checkpoints.checkpoint import Checkpoint
-from exporter.checkpoints.folder import read_json
+from exporter.checkpoints.folder import is_name, read_json
 from exporter.checkpoints.safetensors_file import read_safetensors_file
 from exporter.checkpoints.torch_file import read_torch_file
-from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
+from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.tensors import LazyTensor
 
 _LAYOUTS = (
@@ -21,16 +22,21 @@ _LAYOUTS = (
 
 def is_pretrained(folder: Path) -> bool:
     """Whether ``folder`` holds weights as ``save_pretrained`` writes them."""
-    return any((folder / name).exists() for layout in _LAYOUTS for name in layout)
+    return any((folder / name).exists() for layout in _LAYOUTS for name in layout) or any(
+        _shards(folder, single) for single, _ in _LAYOUTS
+    )
 
 
-def open_pretrained(folder: Path) -> Checkpoint:
+def open_pretrained(folder: Path, tag: str | None) -> Checkpoint:
     """The weights of a Hugging Face folder.
 
     Raises:
         CheckpointError: a file is missing, damaged or unsafe to read.
         RefusedError: it does not say which of its files are the weights.
+        UsageError: a tag is asked for, which only a DeepSpeed folder has.
     """
+    if tag is not None:
+        raise UsageError(f"There is no tag {tag!r}: {folder.name} is no DeepSpeed folder.", "Leave --tag out.")
     return Checkpoint(format="pretrained", folder=folder, model=read_pretrained(folder))
 
 
@@ -38,19 +44,29 @@ def read_pretrained(folder: Path) -> Mapping[str, LazyTensor]:
     """The tensors of the weight files that from_pretrained would take from ``folder``, by name."""
     for single, index in _LAYOUTS:
         has_single, has_index = (folder / single).exists(), (folder / index).exists()
-        if has_single and has_index:
+        shards = _shards(folder, single)
+        if has_single and (has_index or shards):
             raise RefusedError(
-                f"Both {single} and {index} are there: one of them is left over from another save.",
+                f"Both {single} and {index if has_index else shards[0]} are there: one is left over from another save.",
                 "Remove the one that does not belong to this checkpoint.",
             )
         if has_single:
             return _read_weights(folder / single)
         if has_index:
-            return _read_shards(folder, index)
+            return _read_shards(folder, index, shards)
+        if shards:
+            raise IncompleteCheckpointError(f"{index} is missing, {shards[0]} is there.", "Copy the index too.")
     raise IncompleteCheckpointError(
         "There are no weights: neither model.safetensors nor pytorch_model.bin, whole or in shards.",
         "Name the folder that the training wrote, with its weight files.",
     )
+
+
+def _shards(folder: Path, single: str) -> list[str]:
+    """The names of the shards into which ``single`` may have been cut."""
+    stem, suffix = Path(single).stem, Path(single).suffix
+    pattern = re.compile(rf"{stem}-\d{{5}}-of-\d{{5}}{re.escape(suffix)}")
+    return sorted(entry.name for entry in folder.iterdir() if pattern.fullmatch(entry.name))
 
 
 def _read_weights(path: Path) -> dict[str, LazyTensor]:
@@ -58,16 +74,22 @@ def _read_weights(path: Path) -> dict[str, LazyTensor]:
         return dict(read_safetensors_file(path))
     value = read_torch_file(path).value
     if not isinstance(value, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, LazyTensor) for name, tensor in value.items()
+        is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in value.items()
     ):
         raise CheckpointError(f"{path.name} is not a mapping from names to tensors.", "Save the state dict alone.")
     return value
 
 
-def _read_shards(folder: Path, index: str) -> dict[str, LazyTensor]:
-    weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+def _read_shards(folder: Path, index: str, shards: Sequence[str]) -> dict[str, LazyTensor]:
+    """The tensors of the shards that ``index`` names, which must be all ``shards`` that are there."""
+    weight_map = read_json(folder / index, unique_keys=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_name, (*weight_map, *weight_map.values()))):
         raise CheckpointError(f"{index} has no weight_map from names to files.", "Copy the index again.")
+    for shard_name in sorted(set(shards) - set(weight_map.values())):
+        raise CheckpointError(
+            f"{shard_name} is there, but {index} does not name it.",
+            "Remove it if it is left over from another save, or copy shards and index together.",
+        )
     tensors: dict[str, LazyTensor] = {}
     for file in dict.fromkeys(weight_map.values()):
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):

@@ -7,18 +7,19 @@ overlapping empty tensors; this reader does not.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
 from typing import Any, NoReturn
 
-from exporter.checkpoints.folder import regular_size
+from exporter.checkpoints.folder import is_name, parse_json, regular_size
 from exporter.errors import CheckpointError
 from exporter.tensors import DType, Extent, StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
+
+_MAX_DIMENSIONS = 64
 
 
 def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
@@ -37,7 +38,9 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
             _damaged(path, f"its header should have {length} bytes, in a file of {size}")
         raw = file.read(length)
     entries = _parse(path, raw)
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _damaged(path, "its __metadata__ is not a mapping from text to text")
     tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (_start(item[1]), item[1].nbytes)))
     _check_coverage(path, ordered, 8 + length, size)
@@ -45,29 +48,25 @@ def read_safetensors_file(path: Path) -> dict[str, StoredTensor]:
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) != len(pairs):
-            _damaged(path, "its header names a key twice")
-        return entries
-
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
-    except (ValueError, RecursionError):
-        _damaged(path, "its header is not JSON")
+        header = parse_json(raw, unique_keys=True)
+    except (ValueError, RecursionError) as error:
+        _damaged(path, f"its header is not valid JSON ({error})")
     if not isinstance(header, dict):
         _damaged(path, "its header is not a JSON object")
     return header
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    if not is_name(name):
+        _damaged(path, f"it names a tensor {name[:100]!r}")
     try:
         dtype = DType[entry["dtype"]]
     except (KeyError, TypeError):
         found = entry.get("dtype") if isinstance(entry, dict) else entry
-        _damaged(path, f"tensor {name} has dtype {found!r}, expected one of {', '.join(d.name for d in DType)}")
+        _damaged(path, f"tensor {name} has dtype {found!r:.100}, expected one of {', '.join(d.name for d in DType)}")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+    if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS or not _are_counts(offsets) or len(offsets) != 2:
         _damaged(path, f"tensor {name} has no valid shape and data_offsets")
     numel, (start, stop) = math.prod(shape), offsets
     if stop - start != numel * dtype.itemsize:

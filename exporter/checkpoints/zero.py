@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from exporter.checkpoints.checkpoint import Checkpoint
-from exporter.checkpoints.folder import regular_size
+from exporter.checkpoints.folder import is_name, regular_size
 from exporter.checkpoints.pretrained import is_pretrained, read_pretrained
 from exporter.checkpoints.torch_file import Stub, read_torch_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
@@ -22,6 +22,7 @@ from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTenso
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER_SHARD = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
+_MAX_DIMENSIONS = 64
 _UNSUPPORTED = (
     (re.compile(r"layer_\d+-model(_\d+-model)?_states\.pt"), "a pipeline-parallel checkpoint"),
     (re.compile(r".*expert_\d+_mp_rank_\d+_\w+_states\.pt"), "an expert-parallel checkpoint"),
@@ -31,6 +32,11 @@ _UNSUPPORTED = (
 def is_zero(folder: Path) -> bool:
     """Whether ``folder`` is where ``engine.save_checkpoint`` wrote."""
     return (folder / "latest").exists() or bool(_tags(folder))
+
+
+def is_tag(folder: Path) -> bool:
+    """Whether ``folder`` is a tag's: where ``engine.save_checkpoint`` wrote the model states."""
+    return any(folder.glob("*model_states.pt"))
 
 
 def open_zero(folder: Path, tag: str | None) -> Checkpoint:
@@ -52,12 +58,12 @@ def open_zero(folder: Path, tag: str | None) -> Checkpoint:
         folder=folder,
         model=_model_weights(folder, states),
         master=_master_weights(states, shards) if shards else None,
-        aliases=dict(first.get("shared_params") or {}),
+        aliases=_aliases(states[0]),
         zero_stage=_stage(shards[0]) if shards else 0,
-        world_size=len(shards) or int(first.get("dp_world_size") or 1),
+        world_size=len(shards) or states[0].count("dp_world_size") or 1,
         tag=name,
-        step=first.get("global_steps"),
-        deepspeed_config=_plain_mapping(first.get("ds_config")),
+        step=states[0].count("global_steps"),
+        deepspeed_config=config if isinstance(config := first.get("ds_config"), dict) else None,
         notes=notes,
     )
     if checkpoint.model is None and checkpoint.master is None:
@@ -70,11 +76,7 @@ def open_zero(folder: Path, tag: str | None) -> Checkpoint:
 
 def _tags(folder: Path) -> list[str]:
     """The sub-folders that hold model states, oldest step first."""
-    tags = [
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.is_symlink() and any(entry.glob("*model_states.pt"))
-    ]
+    tags = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink() and is_tag(entry)]
     return sorted(tags, key=lambda tag: (_step_of(tag), tag))
 
 
@@ -104,7 +106,7 @@ def _choose_tag(folder: Path, wanted: str | None) -> tuple[str, tuple[str, ...]]
             f"latest names the tag {tag!r}, but there is no folder of that name with model states.",
             f"Choose one with --tag; tags there: {', '.join(tags) or 'none'}.",
         )
-    newer = [other for other in tags if _step_of(other) > _step_of(tag)]
+    newer = [other for other in tags if _step_of(other) > _step_of(tag) >= 0]
     return tag, tuple(f"latest names {tag}; {other} is newer and is not exported." for other in newer)
 
 
@@ -137,6 +139,11 @@ def _list_files(folder: Path) -> _Files:
                 f"{found[0]} belongs to {kind}, which cannot be exported.", "Gather it with its trainer."
             )
     model_states = _by_rank(folder, names, _MODEL_STATES)
+    if not model_states:
+        raise IncompleteCheckpointError(
+            f"{folder.name} holds neither mp_rank_00_model_states.pt nor zero_pp_rank_0_mp_rank_00_model_states.pt.",
+            "Copy the model states of every rank.",
+        )
     return _Files(model_states, _by_rank(folder, names, _OPTIMIZER_SHARD))
 
 
@@ -156,10 +163,10 @@ def _by_rank(folder: Path, names: Iterable[str], pattern: re.Pattern[str]) -> li
         if rank in ranks:
             raise CheckpointError(f"{ranks[rank]} and {name} are both of rank {rank}.", "Remove the one left over.")
         ranks[rank] = name
-    missing = sorted(set(range(max(ranks, default=-1) + 1)) - set(ranks))
-    if missing:
-        example = ranks[max(ranks)].replace(f"rank_{max(ranks)}_", f"rank_{missing[0]}_")
-        raise IncompleteCheckpointError(f"{example} is missing.", "Copy the files of every rank.")
+    for expected, rank in enumerate(sorted(ranks)):
+        if rank != expected:
+            example = ranks[rank].replace(f"rank_{rank}_", f"rank_{expected}_")
+            raise IncompleteCheckpointError(f"{example} is missing.", "Copy the files of every rank.")
     return [folder / ranks[rank] for rank in sorted(ranks)]
 
 
@@ -175,7 +182,9 @@ class _StateFile:
         value = self.value.get(key)
         if value is None:
             return {}
-        if not isinstance(value, dict) or not all(isinstance(tensor, LazyTensor) for tensor in value.values()):
+        if not isinstance(value, dict) or not all(
+            is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in value.items()
+        ):
             _unexpected(self.name, f"{key} is not a mapping from names to tensors")
         return value
 
@@ -187,10 +196,22 @@ class _StateFile:
             _unexpected(self.name, f"{key} is not a list of mappings from names to shapes")
         return groups
 
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters of all groups, in the order of ``param_shapes``."""
+        return {name: shape for group in self.shapes("param_shapes") for name, shape in group.items()}
+
+    def count(self, key: str) -> int | None:
+        """The number at ``key``, which a script's own client_state may have replaced by something else."""
+        value = self.value.get(key)
+        return value if type(value) is int and value >= 0 else None
+
 
 def _is_shapes(group: Any) -> bool:
     return isinstance(group, dict) and all(
-        isinstance(name, str) and isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        is_name(name)
+        and isinstance(shape, tuple)
+        and len(shape) <= _MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < 2**63 for size in shape)
         for name, shape in group.items()
     )
 
@@ -204,7 +225,7 @@ def _read_model_states(path: Path) -> _StateFile:
         raise RefusedError(
             f"{state.name} has no module: the layers of a pipeline lie elsewhere.", "Gather it with its trainer."
         )
-    if int(state.value.get("mp_world_size") or 1) > 1:
+    if (state.count("mp_world_size") or 1) > 1:
         raise RefusedError(f"{state.name} belongs to a tensor-parallel checkpoint.", "Gather it with its trainer.")
     return state
 
@@ -238,7 +259,7 @@ def _check_agreement(files: Sequence[_StateFile]) -> None:
     """All ranks' model states are of one step of one run."""
     for key in ("global_steps", "ds_version", "dp_world_size", "param_shapes", "frozen_param_shapes"):
         for file in files[1:]:
-            if file.value.get(key) != files[0].value.get(key):
+            if _ordered(file, key) != _ordered(files[0], key):
                 found, expected = (_brief(state.value.get(key)) for state in (file, files[0]))
                 raise CheckpointError(
                     f"{file.name} has {key} {found}, {files[0].name} has {expected}: they are not of one save.",
@@ -246,12 +267,27 @@ def _check_agreement(files: Sequence[_StateFile]) -> None:
                 )
 
 
+def _ordered(file: _StateFile, key: str) -> Any:
+    """What is at ``key``; shapes as lists, since parameters lie in the partitions in their order."""
+    return [list(group.items()) for group in file.shapes(key)] if key.endswith("shapes") else file.value.get(key)
+
+
+def _aliases(state: _StateFile) -> dict[str, str]:
+    """Tied names, each with the name that is stored: ``shared_params``, and what is one tensor in ``module``.
+
+    DeepSpeed has written ``shared_params`` since 0.8.
+    """
+    shared = state.value.get("shared_params") or {}
+    if not isinstance(shared, dict) or not all(map(is_name, (*shared, *shared.values()))):
+        _unexpected(state.name, "shared_params is not a mapping from names to names")
+    module, trained = state.tensors("module"), state.trained()
+    stored = {module[name]: name for name in trained if name in module and module[name].numel}
+    same = {name: stored[tensor] for name, tensor in module.items() if name not in trained and tensor in stored}
+    return same | shared
+
+
 def _brief(value: Any) -> str:
     return repr(value) if isinstance(value, (str, int, type(None))) else "of another content"
-
-
-def _plain_mapping(value: Any) -> Mapping[str, Any] | None:
-    return value if isinstance(value, dict) else None
 
 
 # Model weights: the copy that the engine trained with
@@ -260,9 +296,9 @@ def _plain_mapping(value: Any) -> Mapping[str, Any] | None:
 def _model_weights(folder: Path, states: Sequence[_StateFile]) -> Mapping[str, LazyTensor] | None:
     """The model's own copy: ``module``, or for ZeRO-3 the gathered weights beside the tag where there are any."""
     module = states[0].tensors("module")
-    shared = states[0].value.get("shared_params") or {}
-    partitioned = {name for group in states[0].shapes("param_shapes") for name in group}
-    if any(module[name].numel == 0 for name in partitioned & module.keys()):
+    shared = _aliases(states[0])
+    trained = states[0].trained()
+    if any(module[name].numel == 0 != math.prod(shape) for name, shape in trained.items() if name in module):
         return read_pretrained(folder) if is_pretrained(folder) else None
     return {name: tensor for name, tensor in module.items() if module.get(shared.get(name, "")) != tensor}
 
@@ -272,11 +308,23 @@ def _model_weights(folder: Path, states: Sequence[_StateFile]) -> Mapping[str, L
 
 def _master_weights(states: Sequence[_StateFile], shards: Sequence[_StateFile]) -> dict[str, LazyTensor]:
     _check_shards(states, shards)
-    buffers = set(states[0].value.get("buffer_names") or ())
-    kept = {name: tensor for name, tensor in states[0].tensors("module").items() if name in buffers}
+    _check_distinct(shards)
     if _stage(shards[0]) == 3:
-        return _stage3_parameters(states, shards) | _stage3_frozen(states) | kept
-    return _stage12_parameters(states[0], shards) | _stage12_frozen(states[0]) | kept
+        return _stage3_parameters(states, shards) | _stage3_frozen(states) | _buffers(states[0])
+    return _untrained(states[0]) | _stage12_parameters(states[0], shards) | _stage12_frozen(states[0])
+
+
+def _buffers(state: _StateFile) -> dict[str, LazyTensor]:
+    names = state.value.get("buffer_names") or []
+    if not isinstance(names, list) or not all(map(is_name, names)):
+        _unexpected(state.name, "buffer_names is not a list of names")
+    return {name: tensor for name, tensor in state.tensors("module").items() if name in set(names)}
+
+
+def _untrained(state: _StateFile) -> dict[str, LazyTensor]:
+    """What the optimizer has no part of: buffers, and parameters that are frozen, which stage 1 lists nowhere."""
+    others = _aliases(state).keys() | state.trained().keys()
+    return {name: tensor for name, tensor in state.tensors("module").items() if name not in others}
 
 
 def _stage(shard: _StateFile) -> int:
@@ -292,8 +340,7 @@ def _stage(shard: _StateFile) -> int:
 def _check_shards(states: Sequence[_StateFile], shards: Sequence[_StateFile]) -> None:
     """Every rank is there, and all are of one step."""
     for shard in shards:
-        count = shard.value.get("partition_count", len(shards))
-        world_size = max(count) if isinstance(count, list) else count
+        world_size = _partition_count(shard) or len(shards)
         if world_size != len(shards):
             kind = IncompleteCheckpointError if world_size > len(shards) else CheckpointError
             raise kind(
@@ -307,11 +354,11 @@ def _check_shards(states: Sequence[_StateFile], shards: Sequence[_StateFile]) ->
         )
     first, *others = ((shard, _optimizer_steps(shard)) for shard in shards)
     for shard, steps in others:
-        for key in ("zero_stage", "ds_version"):
-            if shard.value.get(key) != first[0].value.get(key):
-                raise CheckpointError(
-                    f"{shard.name} and {first[0].name} differ in {key}.", "Copy the files of one save."
-                )
+        if _stage(shard) != _stage(first[0]) or shard.value.get("ds_version") != first[0].value.get("ds_version"):
+            raise CheckpointError(
+                f"{shard.name} and {first[0].name} differ in ZeRO stage or DeepSpeed version.",
+                "Copy the files of one save.",
+            )
         if steps and first[1] and steps != first[1]:
             raise CheckpointError(
                 f"{shard.name} is of optimizer step {max(steps)}, {first[0].name} of step {max(first[1])}.",
@@ -319,15 +366,52 @@ def _check_shards(states: Sequence[_StateFile], shards: Sequence[_StateFile]) ->
             )
 
 
+def _check_distinct(shards: Sequence[_StateFile]) -> None:
+    """No rank's file is a copy of another's, also where the archive was saved anew: by the archives' checksums."""
+    seen: dict[tuple[int | None, ...], _StateFile] = {}
+    for shard in shards:
+        extents = [extent for part in _partitions(shard, _partition_key(shards)) for extent in part.extents]
+        checksums = tuple(extent.member.crc32 if extent.member else None for extent in extents)
+        other = seen.setdefault(checksums, shard)
+        if other is not shard and None not in checksums and not all(map(_is_constant, extents)):
+            raise CheckpointError(
+                f"{shard.name} holds the same partitions as {other.name}: one of them is a copy of the other.",
+                "Copy the files of every rank again from where the training wrote them.",
+            )
+
+
+def _is_constant(extent: Extent) -> bool:
+    """Whether all elements are one number, as in padding or in weights that are still as they were initialized."""
+    with SourceFiles() as files:
+        values = {value for block in files.blocks(extent) for value in (block.min().item(), block.max().item())}
+    return len(values) == 1
+
+
+def _partition_key(shards: Sequence[_StateFile]) -> str:
+    return "fp32_flat_groups" if _stage(shards[0]) == 3 else "single_partition_of_fp32_groups"
+
+
+def _partition_count(shard: _StateFile) -> int | None:
+    """``partition_count``: a number, or one per parameter group; None where there is none."""
+    value = shard.value.get("partition_count")
+    counts = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(count) is int and count > 0 for count in counts):
+        _unexpected(shard.name, "partition_count is neither a number nor a list of numbers")
+    return max(counts, default=None)
+
+
 def _optimizer_steps(shard: _StateFile) -> set[float]:
-    """The step counters in the base optimizer's state: numbers, or tensors of one element."""
+    """The step counters of the base optimizer: numbers, or tensors of one element.
+
+    torch counts in the state of each parameter, DeepSpeed's FusedAdam in each parameter group.
+    """
     base = shard.value.get("optimizer_state_dict", shard.value.get("base_optimizer_state"))
-    state = base.get("state") if isinstance(base, dict) else None
-    entries = state.values() if isinstance(state, dict) else ()
-    steps = {entry["step"] for entry in entries if isinstance(entry, dict) and "step" in entry}
+    state, groups = (base.get("state"), base.get("param_groups")) if isinstance(base, dict) else (None, None)
+    entries = [*(state.values() if isinstance(state, dict) else ()), *(groups if isinstance(groups, list) else ())]
+    steps = [entry["step"] for entry in entries if isinstance(entry, dict) and "step" in entry]
     with SourceFiles() as files:
         return {
-            float(next(step.blocks(files)).item()) if isinstance(step, LazyTensor) else float(step)
+            next(step.blocks(files)).item() if isinstance(step, LazyTensor) else step
             for step in steps
             if isinstance(step, (int, float)) or (isinstance(step, LazyTensor) and step.numel == 1)
         }
@@ -336,9 +420,9 @@ def _optimizer_steps(shard: _StateFile) -> set[float]:
 def _partitions(shard: _StateFile, key: str) -> list[StoredTensor]:
     value = shard.value.get(key)
     if not isinstance(value, list) or not all(
-        isinstance(part, StoredTensor) and len(part.shape) == 1 for part in value
+        isinstance(part, StoredTensor) and len(part.shape) == 1 and part.dtype.is_floating for part in value
     ):
-        _unexpected(shard.name, f"{key} is not a list of vectors")
+        _unexpected(shard.name, f"{key} is not a list of vectors of floating-point numbers")
     return value
 
 
@@ -348,24 +432,37 @@ def _stage12_parameters(state: _StateFile, shards: Sequence[_StateFile]) -> dict
     A parameter is followed by its entry of ``param_alignment_paddings`` (elements), where there is that key.
     """
     groups = state.shapes("param_shapes")
-    ranks = [_partitions(shard, "single_partition_of_fp32_groups") for shard in shards]
-    paddings = shards[0].value.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
-    for shard, partitions in zip(shards, ranks, strict=True):
-        if not len(partitions) == len(groups) == len(paddings):
+    ranks = [_partitions(shard, _partition_key(shards)) for shard in shards]
+    paddings = [_paddings(shard, groups) for shard in shards]
+    for shard, partitions, own in zip(shards, ranks, paddings, strict=True):
+        if len(partitions) != len(groups):
             _unexpected(shard.name, f"it has {len(partitions)} parameter groups, {state.name} has {len(groups)}")
+        if own != paddings[0]:
+            raise CheckpointError(
+                f"{shard.name} and {shards[0].name} differ in param_alignment_paddings.", "Copy the files of one save."
+            )
     tensors: dict[str, LazyTensor] = {}
     for index, group in enumerate(groups):
-        if len(paddings[index]) != len(group):
-            _unexpected(
-                shards[0].name, f"parameter group {index} has {len(paddings[index])} paddings, not {len(group)}"
-            )
         vector = Vector(tuple(extent for partitions in ranks for extent in partitions[index].extents))
         position = 0
-        for (name, shape), padding in zip(group.items(), paddings[index], strict=True):
+        for (name, shape), padding in zip(group.items(), paddings[0][index], strict=True):
             tensors[name] = StoredTensor(shape, _dtype(vector), vector.cut(position, position + math.prod(shape)))
             position += math.prod(shape) + padding
         _check_total(shards, f"parameter group {index}", vector, position, slack=2 * len(shards))
     return tensors
+
+
+def _paddings(shard: _StateFile, groups: Sequence[Mapping[str, tuple[int, ...]]]) -> list[list[int]]:
+    """``param_alignment_paddings`` in elements, for each parameter of each group; zeros where there is none."""
+    paddings = shard.value.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
+    if (
+        not isinstance(paddings, list)
+        or not all(isinstance(group, list) for group in paddings)
+        or [len(group) for group in paddings] != [len(group) for group in groups]
+        or not all(type(padding) is int and padding >= 0 for group in paddings for padding in group)
+    ):
+        _unexpected(shard.name, "param_alignment_paddings does not have one number for each of param_shapes")
+    return paddings
 
 
 def _dtype(vector: Vector) -> DType:
@@ -428,19 +525,23 @@ class PartitionedTensor(StoredTensor):
 
 def _stage3_parameters(states: Sequence[_StateFile], shards: Sequence[_StateFile]) -> dict[str, LazyTensor]:
     """A rank's flat groups, joined, hold its pieces of the parameters in the order of ``param_shapes``."""
-    shapes = {name: shape for group in states[0].shapes("param_shapes") for name, shape in group.items()}
     ranks = tuple(
-        Vector(tuple(extent for part in _partitions(shard, "fp32_flat_groups") for extent in part.extents))
+        Vector(tuple(extent for part in _partitions(shard, _partition_key(shards)) for extent in part.extents))
         for shard in shards
     )
     tensors: dict[str, LazyTensor] = {}
     position = 0
-    for name, shape in shapes.items():
+    for name, shape in states[0].trained().items():
         tensor = PartitionedTensor(shape, _dtype(ranks[0]), ranks, position)
         tensors[name] = tensor
         position += tensor.piece
     for shard, rank in zip(shards, ranks, strict=True):
         _check_total([shard], "all parameter groups", rank, position, slack=0)
+        if _dtype(rank) is not _dtype(ranks[0]):
+            raise CheckpointError(
+                f"{shard.name} holds {_dtype(rank).value} partitions, {shards[0].name} {_dtype(ranks[0]).value} ones.",
+                "Copy the files of one save.",
+            )
     return tensors
 
 
@@ -451,7 +552,7 @@ def _stage3_frozen(states: Sequence[_StateFile]) -> dict[str, LazyTensor]:
     for name, shape in _frozen(states[0])[0].items():
         pieces = [rank[name] for rank in ranks]
         vector = Vector(tuple(e for piece in pieces if isinstance(piece, StoredTensor) for e in piece.extents))
-        if not 0 <= vector.numel - math.prod(shape) < max(len(ranks), 1):
+        if not 0 <= vector.numel - math.prod(shape) < len(ranks) or len({part.dtype for part in pieces}) > 1:
             _unexpected(states[0].name, f"the pieces of frozen parameter {name} do not make up its shape {shape}")
         tensors[name] = StoredTensor(shape, _dtype(vector), vector.cut(0, math.prod(shape)))
     return tensors

@@ -1,0 +1,184 @@
+"""A shard on the disk is a safetensors file with torch's own cast of the source, and its size, digest and counts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from exporter import tensors
+from exporter.errors import OutputError
+from exporter.plan import plan_export
+from exporter.shards import NonFinite, WrittenShard, write_file, write_shard
+from exporter.tensors import DType, GrownTensor, LazyTensor
+from exporter.verify import check_file, check_shard
+from tests.test_tensors import BLOCK, store
+
+FLOATING = [dtype for dtype in DType if dtype.is_floating]
+TARGETS = [DType.BF16, DType.F16, DType.F32]
+OTHER = [dtype for dtype in DType if not dtype.is_floating]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", BLOCK)
+
+
+def write(sources: dict[str, LazyTensor], dtype: DType, folder: Path) -> WrittenShard:
+    """One shard with all ``sources``, written and checked."""
+    dtypes = {name: dtype if source.dtype.is_floating else source.dtype for name, source in sources.items()}
+    (shard,) = plan_export(sources, dtypes, 10**9).shards
+    sizes: list[int] = []
+    written = write_shard(shard, folder, sizes.append)
+    content = (folder / shard.name).read_bytes()
+    assert written.file.size == shard.size == len(content) == sum(sizes)
+    assert written.file.sha256 == hashlib.sha256(content).hexdigest()
+    check_file(written.file, folder)
+    check_shard(shard, folder, sizes.append)
+    return written
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", FLOATING)
+def test_a_cast_is_torchs_own(source: DType, target: DType, tmp_path: Path) -> None:
+    values = {f"{numel}": (torch.randn(numel) * 3).to(source.torch) for numel in (1, 7, 8, 9, 31, 32, 33, 64, 200)}
+    values |= {"scalar": torch.tensor(1.7).to(source.torch), "empty": torch.empty(0, 5).to(source.torch)}
+    values |= {"matrix": (torch.randn(5, 13) * 3).to(source.torch)}
+    written = write({name: store(tmp_path / name, value) for name, value in values.items()}, target, tmp_path)
+    found = load_file(tmp_path / written.file.path)
+    assert found.keys() == values.keys()
+    for name, value in values.items():
+        assert found[name].dtype is target.torch
+        assert torch.equal(found[name], value.to(target.torch)), name
+    assert written.nonfinite == {}
+    with safe_open(tmp_path / written.file.path, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("source", OTHER)
+def test_integers_and_booleans_keep_every_bit(source: DType, tmp_path: Path) -> None:
+    bits = torch.randint(0, 2 if source is DType.BOOL else 256, (41 * source.itemsize,), dtype=torch.uint8)
+    value = bits.view(source.torch)
+    written = write(
+        {"x": store(tmp_path / "x", value), "y": store(tmp_path / "y", torch.randn(3))}, DType.BF16, tmp_path
+    )
+    assert torch.equal(load_file(tmp_path / written.file.path)["x"].view(torch.uint8), bits)
+
+
+@pytest.mark.parametrize("source", FLOATING)
+def test_every_bit_pattern_stays_where_the_dtype_stays(source: DType, tmp_path: Path) -> None:
+    bits = torch.randint(0, 256, (1000 * source.itemsize,), dtype=torch.uint8)
+    written = write({"x": store(tmp_path / "x", bits.view(source.torch))}, source, tmp_path)
+    assert torch.equal(load_file(tmp_path / written.file.path)["x"].view(torch.uint8), bits)
+    finite = torch.isfinite(bits.view(source.torch).to(torch.float64))
+    assert written.nonfinite.get("x", NonFinite()) == NonFinite(int((~finite).sum()), 0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", FLOATING)
+@pytest.mark.parametrize("place", [0, 7, 8, 40])
+def test_what_is_not_finite_is_counted_in_the_source_and_in_the_cast(
+    source: DType, target: DType, place: int, tmp_path: Path
+) -> None:
+    value = torch.zeros(50, dtype=torch.float64)
+    value[place : place + 5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -1e300], dtype=torch.float64)
+    value = value.to(source.torch)
+    before, after = value.to(torch.float64), value.to(target.torch).to(torch.float64)
+    in_source = int((~torch.isfinite(before)).sum())
+    in_cast = int((~torch.isfinite(after)).sum()) - in_source
+    written = write({"x": store(tmp_path / "x", value), "y": store(tmp_path / "y", torch.ones(9))}, target, tmp_path)
+    assert in_source > 0
+    assert written.nonfinite == {"x": NonFinite(in_source, in_cast)}
+
+
+def test_large_finite_values_are_not_taken_for_overflow(tmp_path: Path) -> None:
+    values = {
+        "f64": torch.full((64,), 1e308, dtype=torch.float64),
+        "f32": torch.full((64,), 3e38),
+        "bf16": torch.full((64,), 3e38).to(torch.bfloat16),
+        "f16": torch.full((64,), 60000.0).to(torch.float16),
+    }
+    for name, value in values.items():
+        dtype = next(dtype for dtype in DType if dtype.torch is value.dtype)
+        assert write({"x": store(tmp_path / name, value)}, dtype, tmp_path).nonfinite == {}
+    overflow = write({"x": store(tmp_path / "f32", values["f32"])}, DType.F16, tmp_path)
+    assert overflow.nonfinite == {"x": NonFinite(0, 64)}
+
+
+def test_a_grown_matrix_is_cast_after_its_mean_was_taken(tmp_path: Path) -> None:
+    value = torch.randn(11, 20)
+    grown = GrownTensor((16, 20), DType.F32, store(tmp_path / "x", value))
+    written = write({"x": grown}, DType.BF16, tmp_path)
+    mean = value.to(torch.float64).mean(dim=0).to(torch.float32)
+    wanted = torch.cat([value, mean.repeat(5, 1)]).to(torch.bfloat16)
+    assert torch.equal(load_file(tmp_path / written.file.path)["x"], wanted)
+
+
+def test_tensors_of_every_dtype_share_a_shard_and_are_aligned(tmp_path: Path) -> None:
+    values: dict[str, torch.Tensor] = {f"naïve.{dtype.name}": torch.ones(3).to(dtype.torch) for dtype in DType}
+    sources = {name: store(tmp_path / name, value) for name, value in values.items()}
+    (shard,) = plan_export(sources, {name: source.dtype for name, source in sources.items()}, 10**6).shards
+    write_shard(shard, tmp_path, lambda count: None)
+    found = load_file(tmp_path / shard.name)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {n: value.dtype for n, value in values.items()}
+    position = len(shard.header)
+    for tensor in shard.tensors:
+        assert position % tensor.dtype.itemsize == 0
+        position += tensor.nbytes
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
+def test_a_file_has_mode_0644_less_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        written = write({"x": store(tmp_path / "x", torch.ones(3))}, DType.F32, tmp_path)
+        write_file("config.json", b"{}", tmp_path)
+    finally:
+        os.umask(before)
+    for name in (written.file.path, "config.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == mode
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from exporter.errors import OutputError
+from exporter.plan import plan_export
+from exporter.shards import write_file, write_shard
+from exporter.tensors import DType, Extent, StoredTensor
+folder = Path(sys.argv[1])
+source = {"x": StoredTensor((2**20,), DType.F32, (Extent(folder / "x", 0, DType.F32, 2**20),))}
+(shard,) = plan_export(source, {"x": DType.F32}, 10**9).shards
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+for write in (lambda: write_shard(shard, folder, lambda n: None), lambda: write_file("big", bytes(2**21), folder)):
+    try:
+        write()
+    except OutputError as error:
+        print(error.exit_code, error.message)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_an_output_error(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(2**22))
+    finished = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert finished.stdout.splitlines() == [
+        "5 model.safetensors cannot be written: File too large.",
+        "5 big cannot be written: File too large.",
+    ], finished.stderr
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "config.json").symlink_to(tmp_path / "victim")
+    with pytest.raises(OutputError, match=r"config\.json cannot be written"):
+        write_file("config.json", b"{}", tmp_path)
+    assert (tmp_path / "victim").read_text() == "mine"
