@@ -34,7 +34,7 @@ from exporter.config import (
 )
 from exporter.console import Console
 from exporter.errors import RefusedError, UsageError
-from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, has_token, publish
+from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, download, has_token, publish
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest, source_files
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
@@ -521,8 +521,6 @@ def rehearse(
     """The whole publish against a throw-away Hub on this machine, downloaded again into a clean folder and loaded."""
     import tempfile
 
-    from huggingface_hub import snapshot_download
-
     from exporter.rehearsal import RehearsalHub
 
     _without_proxy()
@@ -534,16 +532,16 @@ def rehearse(
         connection = connect(destination, token=hub.token, endpoint=hub.endpoint, card=card, note=console.note)
         publication = publish_files(connection, folder, files, report, console)
         with report.timed("read_back"):
-            copy = snapshot_download(
+            copy = download(
                 destination.repo_id,
-                revision=publication.commit,
+                publication.commit,
                 endpoint=hub.endpoint,
                 token=hub.token,
-                cache_dir=cache,
+                cache=Path(cache),
             )
             for file in files:
-                check_file(file, Path(copy))
-            loaded = check_loads(Path(copy), prompt_of(prepared.vocabulary), options.trust_remote_code)
+                check_file(file, copy)
+            loaded = check_loads(copy, prompt_of(prepared.vocabulary), options.trust_remote_code)
         report.checks.append(Check("rehearsal", "passed", f"{len(files)} files read back; {loaded.detail}"))
     report.status = "rehearsed"
 

@@ -355,6 +355,7 @@ def test_a_rehearsal_needs_no_token_and_no_network(tmp_path: Path) -> None:
     }
     finished = run([str(PROGRAM), "--rehearse", str(Case("llama-zero3").checkpoint), "--json"], home)
     assert finished.returncode == 0, finished.stderr
+    assert "%" not in finished.stderr
     report = json.loads(finished.stdout)
     assert report["status"] == "rehearsed"
     assert [check["status"] for check in report["checks"]] == ["passed"] * 4

@@ -14,6 +14,7 @@ repository.py    the state of the repository on the Hub
 connection.py    connect: all questions before a weight is read
 upload.py        large files, ahead of the commit; Xet or LFS
 transaction.py   publish
+download.py      a published revision, read back
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 from exporter.hub.account import has_token
 from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
+from exporter.hub.download import download
 from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, plan_push
 from exporter.hub.transaction import Publication, publish
 
@@ -32,6 +34,7 @@ __all__ = [
     "PushPlan",
     "RemoteFile",
     "connect",
+    "download",
     "has_token",
     "plan_push",
     "publish",
