@@ -428,6 +428,12 @@ def _require_complete(architecture: Architecture, reading: _Reading) -> None:
         for kind, names in kinds
         if names
     ]
+    if any("lora_" in name for name in reading.unexpected):
+        raise CheckpointError(
+            f"The checkpoint holds LoRA weights ({len(reading.unexpected)} tensors), not those of a whole "
+            f"{architecture.class_name}.",
+            "Merge them into their base model with peft (merge_and_unload) and save it, then export that.",
+        )
     if faults:
         raise CheckpointError(
             f"The weights are not those of {architecture.class_name}: {'; '.join(faults)}.",

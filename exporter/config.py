@@ -28,7 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json.
 
     Raises:
-        CheckpointError: it is not there or broken.
+        CheckpointError: it is not there or broken, or names its classes in a form that nothing can read.
         RefusedError: it describes quantized weights, which have no bf16, fp16 or fp32 form to export.
     """
     if not (folder / "config.json").exists():
@@ -37,6 +37,12 @@ def read_config(folder: Path) -> dict[str, Any]:
             "Copy the config.json of the model that was trained into the checkpoint folder.",
         )
     config = read_json(folder / "config.json")
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(
+            f"config.json: architectures is {classes!r}, and not a list of class names.",
+            "Take the config.json of the model that was trained.",
+        )
     if config.get("quantization_config"):
         raise RefusedError(
             "config.json has a quantization_config: quantized weights are not exported.",
@@ -98,7 +104,7 @@ def edit_generation_config(
 
 def dump_json(value: Mapping[str, Any]) -> bytes:
     """JSON as Hugging Face libraries write it."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def code_files(folder: Path, config: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, bytes]:
@@ -106,6 +112,7 @@ def code_files(folder: Path, config: Mapping[str, Any], *others: Mapping[str, An
     them, by name. They are read as text; nothing is imported.
 
     Raises:
+        CheckpointError: an auto_map is no object.
         RefusedError: a module that is named or imported does not lie in the folder.
     """
     from transformers.dynamic_module_utils import get_relative_imports
@@ -113,7 +120,7 @@ def code_files(folder: Path, config: Mapping[str, Any], *others: Mapping[str, An
     wanted = [
         (str(_localize(entry)).partition(".")[0], f"auto_map names {entry}")
         for source in (config, *others)
-        for entry in _entries(source.get("auto_map") or {})
+        for entry in _entries(source)
     ]
     files: dict[str, bytes] = {}
     while wanted:
@@ -132,7 +139,13 @@ def code_files(folder: Path, config: Mapping[str, Any], *others: Mapping[str, An
     return files
 
 
-def _entries(auto_map: Mapping[str, Any]) -> list[str]:
+def _entries(config: Mapping[str, Any]) -> list[str]:
+    auto_map = config.get("auto_map") or {}
+    if not isinstance(auto_map, dict):
+        raise CheckpointError(
+            f"An auto_map is {auto_map!r}, and not an object of class names.",
+            "Take config.json and tokenizer_config.json of the model that was trained.",
+        )
     values = [entry for value in auto_map.values() for entry in (value if isinstance(value, list) else [value])]
     return [entry for entry in values if isinstance(entry, str)]
 

@@ -115,7 +115,7 @@ def check_copy(tensor: PlannedTensor, copy: LazyTensor) -> None:
     if not same:
         raise CheckpointError(
             f"{tensor.name} in the optimizer's master weights is not what the model's own copy says.",
-            "A rank's file is another's, or of another step: copy the files of one save.",
+            "A file is another rank's or of another save: copy all files of one save, or remove a left-over copy.",
         )
 
 

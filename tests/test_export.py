@@ -21,6 +21,7 @@ from exporter.errors import CheckpointError, OutputError, RefusedError, UsageErr
 from exporter.rehearsal import RehearsalHub
 from exporter.tensors import DType
 from tests.conftest import ALL_CASES, ZERO_CASES, Case
+from tests.test_zero import edit
 
 Export = Callable[..., tuple[Path, dict[str, Any]]]
 PROGRAM = Path(__file__).parent.parent / "export_model.py"
@@ -223,14 +224,29 @@ def test_master_weights_of_another_step_are_refused_by_the_models_own_copy(
 ) -> None:
     checkpoint = Case(name).copy(tmp_path / "copy")
     shard = sorted(checkpoint.rglob("*optim_states.pt"))[-1]
-    state = torch.load(shard, weights_only=False)
-    groups = state["optimizer_state_dict"]
-    for key in ("single_partition_of_fp32_groups", "fp32_flat_groups"):
-        for group in groups.get(key, []):
-            group.data += 0.5
-    torch.save(state, shard)
+
+    def change(state: dict[str, Any]) -> None:
+        for key in ("single_partition_of_fp32_groups", "fp32_flat_groups"):
+            for group in state["optimizer_state_dict"].get(key, []):
+                group.data += 0.5
+
+    edit(shard, change)
     with pytest.raises(CheckpointError, match="is not what the model's own copy says"):
         export(checkpoint, weights="master")
+
+
+def test_a_gathered_copy_of_another_save_is_refused(export: Export, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    checkpoint = Case("llama-trainer-zero3-gathered").copy(tmp_path / "copy")
+    (path,) = checkpoint.rglob("model.safetensors")
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is not what the model's own copy says"):
+        export(checkpoint)
+
+
+def test_a_tag_is_found_in_an_older_checkpoint_of_a_run(export: Export) -> None:
+    assert export(FALCON.checkpoint, tag="global_step500")[1]["checkpoint"]["step"] == 500
 
 
 def test_a_flipped_bit_in_a_partition_is_refused_by_its_checksum(export: Export, tmp_path: Path) -> None:

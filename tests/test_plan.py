@@ -67,6 +67,11 @@ def test_a_tensor_larger_than_the_limit_is_alone_and_noted() -> None:
     assert [note.split()[0] for note in made.notes] == ["big"]
 
 
+def test_names_count_by_their_bytes() -> None:
+    made = plan({"é" * 100 + str(number): (DType.BF16, (1,)) for number in range(20)}, 1000)
+    assert all(shard.size <= 1000 for shard in made.shards)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), ("7", 7), ("10 B", 10), ("3KiB", 3072)],

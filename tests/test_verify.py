@@ -148,7 +148,7 @@ def test_master_weights_are_compared_with_the_models_copy_after_the_cast(tmp_pat
             with pytest.raises(CheckpointError, match="is not what the model's own copy says"):
                 check_copy(tensor, store(tmp_path / "other", other))
         with pytest.raises(CheckpointError):
-            check_copy(tensor, store(tmp_path / "other", copy.t()))
+            check_copy(tensor, store(tmp_path / "other", copy.reshape(5, 30)))
         with pytest.raises(CheckpointError):
             check_copy(tensor, StoredTensor((30, 5), master.dtype, master.extents[:-1]))
 
@@ -157,6 +157,6 @@ def test_tied_names_must_have_one_value(tmp_path: Path) -> None:
     value = torch.randn(9, 5)
     weights = {"embed": store(tmp_path / "embed", value)}
     require_equal({"head": (store(tmp_path / "head", value, [4]), "embed")}, weights)
-    for other in (value + 1, value.t(), value[:8], value.to(torch.bfloat16)):
+    for other in (value + 1, value.reshape(5, 9), value[:8], value.to(torch.bfloat16)):
         with pytest.raises(RefusedError, match="head and embed"):
             require_equal({"head": (store(tmp_path / "head", other), "embed")}, weights)

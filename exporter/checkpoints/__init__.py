@@ -57,6 +57,7 @@ def _run_checkpoints(path: Path) -> list[Path]:
 
 def _open_newest(runs: list[Path], tag: str | None) -> Checkpoint:
     notes: list[str] = []
+    runs = [folder for folder in runs if tag is not None and (folder / tag).is_dir()] or runs
     for folder in reversed(runs):
         require_inside(folder)
         try:

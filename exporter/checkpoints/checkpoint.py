@@ -38,14 +38,17 @@ class Checkpoint:
         """Which of the two sets of weights an export reads.
 
         auto means the model's own copy where ``is_exact(name, dtype)`` says of every tensor of it that it already has
-        the dtype that will be written, or where it is all there is; else the master weights.
+        the dtype that will be written, or where it is all there is; else the master weights, which are compared with
+        the copy.
 
         Raises:
             CheckpointError: the chosen weights are not in the checkpoint.
         """
         if weights == "auto":
             model = self.model or {}
-            exact = bool(model) and all(is_exact(name, tensor.dtype) for name, tensor in model.items())
+            # ZeRO-3 gathers its copy into another file, which may be left over from another save: the masters decide.
+            own = bool(model) and self.zero_stage != 3
+            exact = own and all(is_exact(name, tensor.dtype) for name, tensor in model.items())
             return "model" if exact or self.master is None else "master"
         if getattr(self, weights) is None:
             raise CheckpointError(
