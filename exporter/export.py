@@ -420,7 +420,7 @@ def write_shards(planned: PlannedWeights, folder: Path, options: Options, consol
     total = planned.plan.total_size * (1 if options.verify == "files" else 2)
     with (
         console.progress("Writing weights", total) as progress,
-        ThreadPoolExecutor(max_workers=options.jobs) as pool,
+        ThreadPoolExecutor(max_workers=options.jobs, initializer=_one_thread) as pool,
     ):
         stopped = threading.Event()
 
@@ -439,6 +439,13 @@ def write_shards(planned: PlannedWeights, folder: Path, options: Options, consol
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _one_thread() -> None:
+    """Blocks are small and jobs run side by side: torch's own threads would only wait for one another."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _write_and_check(
