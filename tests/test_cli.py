@@ -267,14 +267,16 @@ def test_a_signal_ends_a_run_with_130_and_leaves_nothing_but_the_report(number: 
 
 
 def test_an_interrupt_is_one_also_where_a_library_makes_another_error_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    cleaned_up = False
     with pytest.raises(SystemExit) as ended, ending(None, as_json=False):
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         except KeyboardInterrupt as interrupt:
             os.kill(os.getpid(), signal.SIGINT)
+            cleaned_up = True
             raise CheckpointError("This file cannot be read.", "Copy it again.") from interrupt
-    assert ended.value.code == 130
+    assert (ended.value.code, cleaned_up) == (130, True)
     assert capsys.readouterr().err.startswith("Error: Interrupted.")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
