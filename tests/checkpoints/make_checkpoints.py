@@ -22,12 +22,15 @@ def main() -> None:
 
 
 def make(case: Case) -> None:
-    """Trains a case in a private folder and moves the result into its place when it is whole."""
+    """Trains a case in a private folder and moves the result into its place when it is whole.
+
+    DeepSpeed puts programs of its own beside the weights; they are not part of this project.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         train(case, Path(scratch))
         target = HERE / case.name
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(scratch, target)
+        shutil.copytree(scratch, target, ignore=shutil.ignore_patterns("zero_to_*.py"))
 
 
 def train(case: Case, folder: Path) -> None:
