@@ -33,7 +33,7 @@ from exporter.config import (
     with_rows,
 )
 from exporter.console import Console
-from exporter.errors import RefusedError, UsageError
+from exporter.errors import CheckpointError, RefusedError, UsageError
 from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, download, has_token, publish
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest, source_files
@@ -145,6 +145,8 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     destination = options.destination if options.repo_name else None
     if options.no_publish and options.output_folder is None and not options.dry_run:
         raise UsageError("--no_publish leaves nothing behind without a folder.", "Add --output_folder.")
+    if not options.checkpoint.exists():
+        raise UsageError(f"There is no checkpoint {options.checkpoint.name!r}.", "Name the folder that was trained.")
     if options.output_folder is not None:
         check_output_folder(options.output_folder, options.checkpoint, options.overwrite)
     with report.timed("prepare"):
@@ -226,6 +228,7 @@ def plan_weights(
     vocabulary: Vocabulary,
 ) -> PlannedWeights:
     """Match the checkpoint's weights with the architecture, let the embedding grow, choose dtypes and files."""
+    _require_plausible_size(checkpoint, config)
     architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
     target = _TARGETS[options.dtype]
     chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
@@ -238,6 +241,18 @@ def plan_weights(
     if chosen == "master" and checkpoint.model is not None:
         copies = account(architecture, checkpoint.model, checkpoint.aliases).weights
     return PlannedWeights(plan, matched, architecture, chosen, target or _most_common(plan), rows, copies)
+
+
+def _require_plausible_size(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Every layer has a tensor of its own; a config that names more layers would build them without end."""
+    tensors = max(len(checkpoint.model or ()), len(checkpoint.master or ()))
+    for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+        layers = config.get(key)
+        if isinstance(layers, int) and layers > tensors:
+            raise CheckpointError(
+                f"config.json has {key} {layers:.3g}, but the checkpoint has {tensors} tensors.",
+                "Use the config.json that the model was trained with.",
+            )
 
 
 def _exactness(architecture: Architecture, target: DType | None) -> Any:

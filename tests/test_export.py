@@ -129,6 +129,14 @@ def test_a_tensor_that_cannot_grow_with_the_vocabulary_is_refused(export: Export
         export(Case("custom-zero2").checkpoint, trust_remote_code=True, prompt_format="oasst")
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_built(export: Export, tmp_path: Path) -> None:
+    checkpoint = Case("llama-zero3").copy(tmp_path / "copy")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match=r"num_hidden_layers 1e\+09, but the checkpoint has 21 tensors"):
+        export(checkpoint)
+
+
 def test_the_tokenizer_of_another_model_is_refused(export: Export, tmp_path: Path) -> None:
     checkpoint = Case("llama-zero3").copy(tmp_path / "copy")
     tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
