@@ -310,17 +310,14 @@ def test_a_class_that_the_library_lacks_is_refused() -> None:
         ask(config)
 
 
-@pytest.mark.parametrize("change", ["transpose", "join", "negate", "in place", "fold"])
-def test_a_conversion_that_is_more_than_a_cut_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["negate", "in place"])
+def test_a_conversion_that_is_changes_values_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def revert(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = "model.layers.0.mlp.up_proj.weight"
         whole = state[name]
         changed = {
-            "transpose": lambda: whole.t().contiguous(),
-            "join": lambda: torch.cat([whole, whole]),
             "negate": lambda: -whole,
             "in place": lambda: whole.neg_(),
-            "fold": lambda: whole.view(2, -1, whole.shape[1]).transpose(0, 1).reshape(whole.shape),
         }
         return state | {name: changed[change]()}
 
