@@ -267,6 +267,7 @@ def test_a_signal_ends_a_run_with_130_and_leaves_nothing_but_the_report(number: 
 
 
 def test_an_interrupt_is_one_also_where_a_library_makes_another_error_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
     cleaned_up = False
     with pytest.raises(SystemExit) as ended, ending(None, as_json=False):
         try:
@@ -278,7 +279,7 @@ def test_an_interrupt_is_one_also_where_a_library_makes_another_error_of_it(caps
             raise CheckpointError("This file cannot be read.", "Copy it again.") from interrupt
     assert (ended.value.code, cleaned_up) == (130, True)
     assert capsys.readouterr().err.startswith("Error: Interrupted.")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_bug_keeps_its_traceback_and_is_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
