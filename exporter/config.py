@@ -86,6 +86,14 @@ def with_rows(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return edited
 
 
+def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose output matrix is not the input embedding."""
+    edited = copy.deepcopy(dict(config))
+    for part in (edited, _text_part(edited)):
+        part["tie_word_embeddings"] = False
+    return edited
+
+
 def edit_generation_config(
     generation_config: Mapping[str, Any] | None, config: Mapping[str, Any], vocabulary: Vocabulary
 ) -> dict[str, Any] | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,19 @@ from exporter.config import (
     edit_generation_config,
     read_config,
     read_generation_config,
+    untied,
     with_rows,
 )
 from exporter.console import Console
 from exporter.errors import CheckpointError, RefusedError, UsageError
-from exporter.hub import Connection, Destination, OutgoingFile, Publication, connect, download, has_token, publish
+from exporter.hub import Connection, Destination, OutgoingFile, Publication, Push, connect, download, has_token
 from exporter.inspection import describe
-from exporter.manifest import MANIFEST_NAME, Manifest, source_files
+from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
 from exporter.report import Report, package_versions
 from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
-from exporter.staging import check_output_folder, place, staging_folder
+from exporter.source import Source
+from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
 from exporter.verify import Check, check_copy, check_file, check_loads, check_shard, require_equal
@@ -110,16 +114,19 @@ class PlannedWeights:
     """What becomes of the weights: the files that they are written to, and where they come from.
 
     ``weights`` is the set that is read (master or model), ``dtype`` what config.json says, ``rows`` those of the
-    embedding (None: there is none). ``copies`` are the model's own weights where the master weights are written.
+    embedding (None: there is none). ``config`` is config.json for these weights, apart from dtype, rows and tokens.
+    ``copies`` are the model's own weights where the master weights are written. ``notes`` are for the user.
     """
 
     plan: ExportPlan
     account: Account
     architecture: Architecture
+    config: Mapping[str, Any]
     weights: str
     dtype: DType
     rows: int | None
     copies: Mapping[str, LazyTensor]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -158,19 +165,60 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     if options.dry_run:
         report.status = "planned"
         return
-    with staging_folder(options.output_folder, prepared.plan.total_size) as folder:
-        files = write(prepared, folder, options, report, console)
+    source = Source.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint.folder)
+    key = _staging_key(prepared, source, options)
+    with staging_folder(_place(options), key, _needed(prepared, options)) as staging:
+        push = Push(connection, note=console.note) if connection is not None else None
+        files = write(prepared, source, staging, push, options, report, console)
         if options.verify == "load":
             with report.timed("load"):
-                report.checks.append(check_loads(folder, prompt_of(prepared.vocabulary), options.trust_remote_code))
+                prompt = prompt_of(prepared.vocabulary)
+                report.checks.append(check_loads(staging.folder, prompt, options.trust_remote_code))
         report.status = "exported"
         if options.rehearse and destination is not None:
-            rehearse(destination, folder, files, prepared, options, report, console)
-        elif connection is not None:
-            publish_files(connection, folder, files, report, console)
+            rehearse(destination, staging.folder, files, prepared, options, report, console)
+        elif push is not None:
+            finish_push(push, staging.folder, files, report, console)
         if options.output_folder is not None:
-            place(folder, options.output_folder)
+            place_export(staging, options.output_folder, options.overwrite)
             report.output["folder"] = str(options.output_folder)
+
+
+def _place(options: Options) -> Path:
+    """Where the export goes; without an output folder a place of its own for the same checkpoint and options."""
+    if options.output_folder is not None:
+        return options.output_folder
+    made_from = (os.path.realpath(options.checkpoint), options.tag, options.repo_name, _content_options(options))
+    return private_place(hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16])
+
+
+def _staging_key(prepared: Prepared, source: Source, options: Options) -> str:
+    """What a staged export is an export of: the same digest means the same bytes from the same files."""
+    digest = hashlib.sha256(json.dumps([package_versions(), options.verify]).encode())
+    for shard in prepared.plan.shards:
+        digest.update(shard.name.encode() + shard.header)
+    for name, text in sorted(prepared.texts.items()):
+        digest.update(name.encode() + hashlib.sha256(text).digest())
+    for file in source.files.values():
+        digest.update(json.dumps(asdict(file)).encode())
+    return digest.hexdigest()
+
+
+def _keeps_shards(options: Options) -> bool:
+    """Whether a shard is needed after it was sent."""
+    return options.output_folder is not None or options.verify == "load" or not options.publishes
+
+
+def _needed(prepared: Prepared, options: Options) -> int:
+    """The most bytes of the export that are in the staging at the same time."""
+    sizes = sorted((shard.size for shard in prepared.plan.shards), reverse=True)
+    texts = sum(map(len, prepared.texts.values()))
+    return texts + sum(sizes if _keeps_shards(options) else sizes[: _staged_shards(options)])
+
+
+def _staged_shards(options: Options) -> int:
+    """Shards at a time: those that are written, and one that is sent meanwhile."""
+    return options.jobs + 1
 
 
 def _connect(
@@ -202,12 +250,12 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
     )
     code = code_files(checkpoint.folder, config, json.loads(vocabulary.files.get("tokenizer_config.json", b"{}")))
     planned = plan_weights(options, checkpoint, config, code, vocabulary)
-    for note in planned.plan.notes:
+    for note in planned.notes:
         console.warn(note)
     report.checkpoint = describe(checkpoint, planned.weights)
     report.vocabulary = _describe_vocabulary(vocabulary, planned.rows)
     report.tensors = _describe_tensors(planned)
-    edited = edit_config(config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
+    edited = edit_config(planned.config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
     texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
     generation = edit_generation_config(generation_config, config, vocabulary)
     if generation is not None:
@@ -233,14 +281,32 @@ def plan_weights(
     target = _TARGETS[options.dtype]
     chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
     matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
-    require_equal(matched.tied_values, matched.weights)
+    notes = list(architecture.notes)
+    try:
+        require_equal(matched.tied_values, matched.weights)
+    except RefusedError as refusal:
+        config = untied(config)
+        architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
+        matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
+        require_equal(matched.tied_values, matched.weights)
+        notes.append(f"{refusal.message} Both are exported, with tie_word_embeddings false.")
     weights, rows = grow(architecture, matched.weights, vocabulary, config, code, options.trust_remote_code)
     dtypes = {name: _written_dtype(architecture, name, tensor.dtype, target) for name, tensor in weights.items()}
     plan = plan_export(weights, dtypes, options.max_shard_size)
     copies: Mapping[str, LazyTensor] = {}
     if chosen == "master" and checkpoint.model is not None:
         copies = account(architecture, checkpoint.model, checkpoint.aliases).weights
-    return PlannedWeights(plan, matched, architecture, chosen, target or _most_common(plan), rows, copies)
+    return PlannedWeights(
+        plan=plan,
+        account=matched,
+        architecture=architecture,
+        config=config,
+        weights=chosen,
+        dtype=target or _most_common(plan),
+        rows=rows,
+        copies=copies,
+        notes=(*notes, *plan.notes),
+    )
 
 
 def _require_plausible_size(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -287,6 +353,7 @@ def grow(
     Which tensors grow is the architecture's to say: it is asked again with the larger vocabulary.
 
     Raises:
+        CheckpointError: there is no row for the eos token, which nobody added.
         RefusedError: a tensor depends on the vocabulary in another way than with a row for each id, or the embedding
             has too few rows for tokens that nobody added.
     """
@@ -299,6 +366,12 @@ def grow(
             f"The tokenizer has {vocabulary.ordinary_size} tokens without those added to it, but "
             f"{architecture.input_embedding} has {old} rows: it is not the tokenizer of this model.",
             "Copy the tokenizer that the model was trained with into the checkpoint folder.",
+        )
+    if vocabulary.eos_id is not None and vocabulary.eos_id >= old and vocabulary.eos_token not in vocabulary.added:
+        raise CheckpointError(
+            f"The tokenizer's eos token {vocabulary.eos_token!r} has the id {vocabulary.eos_id}, but "
+            f"{architecture.input_embedding} has {old} rows: the model was not trained with it.",
+            "Correct eos_token in tokenizer_config.json and special_tokens_map.json.",
         )
     rows = embedding_rows(old, vocabulary.size)
     if rows == old:
@@ -403,57 +476,87 @@ def _prompt_facts(vocabulary: Vocabulary) -> PromptFacts:
 
 
 def write(
-    prepared: Prepared, folder: Path, options: Options, report: Report, console: Console
+    prepared: Prepared,
+    source: Source,
+    staging: Staging,
+    push: Push | None,
+    options: Options,
+    report: Report,
+    console: Console,
 ) -> tuple[WrittenFile, ...]:
-    """Write every file of the export into ``folder`` and check it; the manifest comes last."""
+    """Write every file of the export into the staging and check it; the manifest comes last."""
     with report.timed("write"):
-        shards = write_shards(prepared.planned, folder, options, console)
+        shards = write_shards(prepared.planned, staging, push, options, console)
         _require_finite(shards, options.allow_nonfinite)
         report.checks += _check_checksums(shards)
+        source.require_unchanged()
         files = [shard.file for shard in shards]
-        files += [write_file(name, content, folder) for name, content in sorted(prepared.texts.items())]
+        files += [write_file(name, content, staging.folder) for name, content in sorted(prepared.texts.items())]
     report.checks += [
         Check("files", "passed", f"{len(files)} files have the size and sha256 that were written"),
         *_source_checks(prepared.planned, options),
     ]
     manifest = Manifest(
         files=tuple(files),
-        source=_describe_source(prepared, report),
+        source=_describe_source(source, report),
         options=_content_options(options),
         versions=package_versions(),
         checks=tuple(asdict(check) for check in report.checks),
     )
-    files.append(write_file(MANIFEST_NAME, manifest.dump(), folder))
+    files.append(write_file(MANIFEST_NAME, manifest.dump(), staging.folder))
     report.output["files"] = [asdict(file) for file in sorted(files, key=lambda file: file.path)]
     for file in files[len(shards) :]:
-        check_file(file, folder)
+        check_file(file, staging.folder)
     return tuple(files)
 
 
-def write_shards(planned: PlannedWeights, folder: Path, options: Options, console: Console) -> list[WrittenShard]:
-    """Write and check ``options.jobs`` shards at a time, each checked while it is in the page cache."""
-    total = planned.plan.total_size * (1 if options.verify == "files" else 2)
+def write_shards(
+    planned: PlannedWeights, staging: Staging, push: Push | None, options: Options, console: Console
+) -> list[WrittenShard]:
+    """Write, check and send several shards at a time, each while it is in the page cache."""
+    shards = planned.plan.shards
+    passes = 1 + (options.verify != "files") + (push is not None)
+    stopped = threading.Event()
     with (
-        console.progress("Writing weights", total) as progress,
+        console.progress("Exporting weights", planned.plan.total_size * passes) as progress,
         ThreadPoolExecutor(max_workers=options.jobs, initializer=_one_thread) as pool,
     ):
-        stopped = threading.Event()
 
         def advance(count: int) -> None:
             if stopped.is_set():
                 raise InterruptedError("another shard failed, or the run was interrupted")
             progress(count)
 
-        futures = [
-            pool.submit(_write_and_check, shard, folder, options.verify, planned.copies, advance)
-            for shard in planned.plan.shards
-        ]
+        def start(number: int) -> list[Future[WrittenShard]]:
+            return [
+                pool.submit(_written_and_checked, shard, planned, staging, options, advance)
+                for shard in itertools.islice(waiting, number)
+            ]
+
+        waiting, finished = iter(shards), []
+        running = set(start(_staged_shards(options)))
         try:
-            return [future.result() for future in futures]
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    finished.append(future.result())
+                    if push is not None:
+                        _send_ahead(push, finished[-1], staging, options)
+                        advance(finished[-1].file.size)
+                    running.update(start(1))
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
+    return sorted(finished, key=lambda written: written.file.path)
+
+
+def _send_ahead(push: Push, written: WrittenShard, staging: Staging, options: Options) -> None:
+    """Upload a finished shard while others are written, and make room for them where nobody keeps it."""
+    if written.nonfinite and not options.allow_nonfinite:
+        return
+    if push.send_ahead(_outgoing(written.file, staging.folder)) and not _keeps_shards(options):
+        staging.journal.remove(written)
 
 
 def _one_thread() -> None:
@@ -463,16 +566,22 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _write_and_check(
-    shard: Shard, folder: Path, verify: str, copies: Mapping[str, LazyTensor], progress: Progress
+def _written_and_checked(
+    shard: Shard, planned: PlannedWeights, staging: Staging, options: Options, progress: Progress
 ) -> WrittenShard:
-    written = write_shard(shard, folder, progress)
-    check_file(written.file, folder)
-    if verify != "files":
-        check_shard(shard, folder, progress)
+    """The shard on the disk and proven, now or by an earlier run."""
+    written = staging.journal.finished(shard)
+    if written is not None:
+        progress(shard.size)
+        return written
+    written = write_shard(shard, staging.folder, progress)
+    check_file(written.file, staging.folder)
+    if options.verify != "files":
+        check_shard(shard, staging.folder, progress)
         for tensor in shard.tensors:
-            if tensor.name in copies:
-                check_copy(replace(tensor, source=_base(tensor.source)), copies[tensor.name])
+            if tensor.name in planned.copies:
+                check_copy(replace(tensor, source=_base(tensor.source)), planned.copies[tensor.name])
+    staging.journal.add(written)
     return written
 
 
@@ -517,18 +626,21 @@ def _count(count: NonFinite) -> str:
 # Publishing
 
 
-def publish_files(
-    connection: Connection, folder: Path, files: Sequence[WrittenFile], report: Report, console: Console
+def finish_push(
+    push: Push, folder: Path, files: Sequence[WrittenFile], report: Report, console: Console
 ) -> Publication:
-    """Send exactly ``files`` in one commit."""
-    outgoing = [OutgoingFile(file.path, folder / file.path, file.size, file.sha256) for file in files]
+    """Make exactly ``files`` visible in one commit; those that did not go ahead are sent first."""
     total = sum(file.size for file in files)
-    with report.timed("publish"), console.progress("Uploading", total) as progress:
-        publication = publish(connection, outgoing, progress=progress, note=console.note)
+    with report.timed("publish"), console.progress("Publishing", total) as progress:
+        publication = push.commit([_outgoing(file, folder) for file in files], progress)
     report.status = publication.status
     report.hub = asdict(publication)
     del report.hub["status"]
     return publication
+
+
+def _outgoing(file: WrittenFile, folder: Path) -> OutgoingFile:
+    return OutgoingFile(file.path, folder / file.path, file.size, file.sha256)
 
 
 def rehearse(
@@ -552,7 +664,7 @@ def rehearse(
     ):
         card = prepared.texts["README.md"].decode()
         connection = connect(destination, token=hub.token, endpoint=hub.endpoint, card=card, note=console.note)
-        publication = publish_files(connection, folder, files, report, console)
+        publication = finish_push(Push(connection, note=console.note), folder, files, report, console)
         with report.timed("read_back"):
             copy = download(
                 destination.repo_id,
@@ -577,10 +689,9 @@ def _without_proxy() -> None:
 # What the report and the manifest say
 
 
-def _describe_source(prepared: Prepared, report: Report) -> dict[str, Any]:
-    sources = [_base(tensor.source) for tensor in prepared.plan.tensors]
+def _describe_source(source: Source, report: Report) -> dict[str, Any]:
     facts = {key: report.checkpoint[key] for key in ("format", "zero_stage", "world_size", "tag", "step", "weights")}
-    return facts | {"files": source_files(sources, prepared.checkpoint.folder)}
+    return facts | {"files": [file.describe() for file in source.files.values()]}
 
 
 def _base(tensor: LazyTensor) -> LazyTensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,8 @@ from typing import Any
 from exporter.checkpoints.folder import read_json
 from exporter.errors import CheckpointError, VerificationError
 from exporter.shards import WrittenFile
-from exporter.tensors import LazyTensor, StoredTensor, StridedTensor
 
 MANIFEST_NAME = "export.json"
-_FINGERPRINT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -38,34 +35,6 @@ class Manifest:
             "checks": [dict(check) for check in self.checks],
         }
         return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def source_files(tensors: Iterable[LazyTensor], folder: Path) -> list[dict[str, Any]]:
-    """Name, size in bytes and fingerprint of each file that the tensors are read from, by name.
-
-    The fingerprint is a sha256 of the file's first and last 64 KiB: a safetensors header lies at the start, the
-    directory of a torch archive, with the checksums of all its members, at the end.
-    """
-    paths = sorted({extent.path for tensor in tensors for extent in _extents(tensor)})
-    return [
-        {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "fingerprint": _fingerprint(path)}
-        for path in paths
-    ]
-
-
-def _extents(tensor: LazyTensor) -> Iterable[Any]:
-    if isinstance(tensor, StoredTensor):
-        return tensor.extents
-    if isinstance(tensor, StridedTensor):
-        return (tensor.storage,)
-    return ()
-
-
-def _fingerprint(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(_FINGERPRINT_BYTES)
-        file.seek(max(path.stat().st_size - _FINGERPRINT_BYTES, len(start)))
-        return hashlib.sha256(start + file.read()).hexdigest()
 
 
 def read_manifest_files(folder: Path) -> tuple[WrittenFile, ...]:

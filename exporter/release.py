@@ -9,8 +9,8 @@ from pathlib import Path
 from exporter.checkpoints.folder import read_json
 from exporter.console import Console
 from exporter.errors import UsageError
-from exporter.export import publish_files
-from exporter.hub import Destination, connect
+from exporter.export import finish_push
+from exporter.hub import Destination, Push, connect
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.proof import check_files
 from exporter.report import Report
@@ -57,7 +57,7 @@ def run_publish(options: ReleaseOptions, report: Report, console: Console) -> No
     card = (options.folder / "README.md").read_text(encoding="utf-8")
     with report.timed("connect"):
         connection = connect(destination, token=options.auth_token, card=card, note=console.note)
-    publish_files(connection, options.folder, files, report, console)
+    finish_push(Push(connection, note=console.note), options.folder, files, report, console)
 
 
 def _repository(options: ReleaseOptions) -> str:

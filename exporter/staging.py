@@ -1,18 +1,45 @@
-"""Where an export grows before it is seen: a hidden folder beside its place, moved there by one rename."""
+"""Where an export grows before it is seen: a hidden folder beside its place, moved there by one rename.
+
+For a place ``DIR/NAME`` these stand beside it while a run goes on, and after one that was interrupted:
+
+    DIR/.NAME.lock                held by the process that exports there; the lock dies with it
+    DIR/.NAME.partial/key         what is exported: a digest of the checkpoint's files and of the options
+    DIR/.NAME.partial/export/     the folder that becomes the export
+    DIR/.NAME.partial/finished/   a record of each shard that is written and proven
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.errors import OutputError, UsageError
+from exporter.errors import CredentialError, HubRefusedError, HubUnreachableError, OutputError, UsageError
+from exporter.journal import Journal
 from exporter.manifest import MANIFEST_NAME
 
 _HINT = "Name another --output_folder, or empty this one."
+_RESUMABLE = (KeyboardInterrupt, CredentialError, HubRefusedError, HubUnreachableError)
+"""How a run ends that another run can finish: it was stopped, or the export is right and the Hub did not take it."""
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """The folder that an export is written into, and the journal of its finished shards."""
+
+    folder: Path
+    journal: Journal
 
 
 def check_output_folder(output: Path, checkpoint: Path, overwrite: bool) -> None:
@@ -22,9 +49,14 @@ def check_output_folder(output: Path, checkpoint: Path, overwrite: bool) -> None
         UsageError: it lies inside the checkpoint, or the checkpoint inside it.
         OutputError: something is there that is not an earlier export, or may not be replaced.
     """
-    place, source = _real(output), _real(checkpoint)
+    place, source = real_path(output), real_path(checkpoint)
     if place.is_relative_to(source) or source.is_relative_to(place):
         raise UsageError("--output_folder and the checkpoint lie inside one another.", "Name a folder elsewhere.")
+    _require_replaceable(output, overwrite)
+
+
+def _require_replaceable(output: Path, overwrite: bool) -> None:
+    place = real_path(output)
     try:
         if not output.exists() and not output.is_symlink():
             return
@@ -39,7 +71,7 @@ def check_output_folder(output: Path, checkpoint: Path, overwrite: bool) -> None
         raise OutputError(f"{place.name} holds an earlier export.", "Add --overwrite to replace it.")
 
 
-def _real(path: Path) -> Path:
+def real_path(path: Path) -> Path:
     """Absolute, without symlinks and dots; of a loop of symlinks what can be said."""
     return Path(os.path.realpath(path))
 
@@ -53,37 +85,97 @@ def _holds_export(output: Path) -> bool:
     if not any(output.iterdir()):
         return False
     if not (output / MANIFEST_NAME).is_file():
-        raise OutputError(f"{_real(output).name} is not empty and holds no earlier export.", _HINT)
+        raise OutputError(f"{real_path(output).name} is not empty and holds no earlier export.", _HINT)
     return True
 
 
-@contextmanager
-def staging_folder(output: Path | None, needed: int) -> Iterator[Path]:
-    """A private folder on the file system of ``output``, or of temporary files; removed at the end unless placed.
+def private_place(name: str) -> Path:
+    """A place for an export that nobody keeps: ``name`` in this user's own folder of temporary files."""
+    return Path(tempfile.gettempdir()) / f"export-model-{os.getuid()}" / name
 
-    ``needed`` is the number of bytes that will be written there. Parents of ``output`` that had to be made go away
-    again where nothing is placed in them.
+
+@contextmanager
+def staging_folder(place: Path, key: str, needed: int) -> Iterator[Staging]:
+    """The staging of the export that goes to ``place``, with what an interrupted run with the same ``key`` left.
+
+    ``needed`` is the number of bytes that the whole export takes there. At the end the staging goes away, unless the
+    run ended in a way that another one can finish. Parents that had to be made go away where they stay empty.
 
     Raises:
-        OutputError: it cannot be made, or the disk has too little room.
+        OutputError: another process exports to the same place, the staging cannot be made, or the disk has too little
+            room.
     """
-    parent = _real(output).parent if output is not None else Path(tempfile.gettempdir())
-    prefix = f".{_real(output).name}." if output is not None else "export-"
-    with _parents(parent):
+    place = real_path(place)
+    partial = place.with_name(f".{place.name}.partial")
+    with _parents(place.parent), _locked(place):
         try:
-            free = shutil.disk_usage(parent).free
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            staging = _open(place, partial, key)
         except OSError as error:
             raise _no_staging(error) from error
         try:
-            if free < needed:
-                raise OutputError(
-                    f"The export needs {needed:,} bytes, and the disk has {free:,} free.",
-                    "Make room, or name an --output_folder on another disk (TMPDIR without one).",
-                )
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _require_room(place.parent, needed - staging.journal.finished_bytes)
+            yield staging
+        except _RESUMABLE:
+            if not staging.journal.finished_bytes:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(place: Path, partial: Path, key: str) -> Staging:
+    """The staging at ``partial``; of an earlier one what is finished stays if it has the same ``key``."""
+    earlier = partial / "earlier"
+    if earlier.exists() and not place.exists():
+        os.rename(earlier, place)  # a run ended between the two renames with which it was replaced
+    staging = Staging(partial / "export", Journal(partial / "finished", partial / "export"))
+    if not (_read(partial / "key") == key and staging.folder.is_dir() and staging.journal.records.is_dir()):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(0o700)
+        staging.folder.mkdir()
+        staging.journal.records.mkdir()
+        (partial / "key").write_text(key)
+    staging.journal.remove_unfinished()
+    return staging
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Alone at ``place``, until the ``with`` block ends or the process dies."""
+    path = place.with_name(f".{place.name}.lock")
+    descriptor = _take_lock(path, place.name)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _take_lock(path: Path, name: str) -> int:
+    try:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # its holder finished, and removed it, while we opened it
+    except BlockingIOError as error:
+        raise OutputError(
+            f"Another process exports to {name} at this moment.", "Wait for it, or name another --output_folder."
+        ) from error
+    except OSError as error:
+        raise _no_staging(error) from error
 
 
 @contextmanager
@@ -102,38 +194,69 @@ def _parents(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"The export needs {needed:,} bytes, and the disk has {free:,} free.",
+            "Make room, or name an --output_folder on another disk (TMPDIR without one).",
+        )
+
+
 def _no_staging(error: OSError) -> OutputError:
     return OutputError(f"No staging folder can be made: {error.strerror}.", _HINT)
 
 
-def place(folder: Path, output: Path) -> None:
-    """Move the finished ``folder`` to ``output`` in one rename; an earlier export goes away after it.
+def place_export(staging: Staging, output: Path, overwrite: bool) -> None:
+    """Move the finished export to ``output`` in one rename; an earlier export is there until then.
 
     Raises:
         OutputError: something else has come there, or the file system does not permit it; then all is as it was.
     """
-    output = _real(output)
-    earlier = folder.with_name(folder.name + ".earlier")
+    output = real_path(output)
+    _require_replaceable(output, overwrite)
     try:
         umask = os.umask(0)
         os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        _sync_folder(folder)
-        if output.exists() and _holds_export(output):
-            os.rename(output, earlier)
-        try:
-            os.rename(folder, output)
-        except BaseException:
-            if earlier.exists() and not output.exists():
-                os.rename(earlier, output)
-            raise
-        _sync_folder(output.parent)
-        shutil.rmtree(earlier, ignore_errors=True)
+        staging.folder.chmod(0o777 & ~umask)
+        sync_folder(staging.folder)
+        if output.exists() and any(output.iterdir()):
+            _replace(staging.folder, output)
+        else:
+            os.rename(staging.folder, output)
+        sync_folder(output.parent)
     except OSError as error:
         raise OutputError(f"The export cannot be moved to {output.name}: {error.strerror}.", _HINT) from error
 
 
-def _sync_folder(folder: Path) -> None:
+def _replace(folder: Path, output: Path) -> None:
+    """Put ``folder`` in the place of ``output``, which goes into the staging: by one exchange where there is one."""
+    if _exchange(folder, output):
+        return
+    earlier = folder.with_name("earlier")
+    os.rename(output, earlier)
+    try:
+        os.rename(folder, output)
+    except BaseException:
+        os.rename(earlier, output)
+        raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_SUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in ``folder`` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -123,6 +123,11 @@ class Vector:
     def _ends(self) -> list[int]:
         return list(itertools.accumulate(extent.numel for extent in self.extents))
 
+    @functools.cached_property
+    def paths(self) -> frozenset[Path]:
+        """The files of all extents."""
+        return frozenset(extent.path for extent in self.extents)
+
     @property
     def numel(self) -> int:
         """Number of elements of all extents."""
@@ -158,6 +163,11 @@ class LazyTensor(ABC):
         """Size of the elements, in bytes."""
         return self.numel * self.dtype.itemsize
 
+    @property
+    @abstractmethod
+    def paths(self) -> frozenset[Path]:
+        """The files that the elements are read from."""
+
     @abstractmethod
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         """The elements in order, as one-dimensional tensors of ``dtype``.
@@ -173,6 +183,10 @@ class StoredTensor(LazyTensor):
     shape: tuple[int, ...]
     dtype: DType
     extents: tuple[Extent, ...]
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        return Vector(self.extents).paths
 
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         for extent in self.extents:
@@ -191,6 +205,10 @@ class StridedTensor(LazyTensor):
     dtype: DType
     storage: Extent
     stride: tuple[int, ...]
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        return frozenset([self.storage.path])
 
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         import torch
@@ -212,6 +230,10 @@ class GrownTensor(LazyTensor):
     shape: tuple[int, ...]
     dtype: DType
     base: LazyTensor
+
+    @property
+    def paths(self) -> frozenset[Path]:
+        return self.base.paths
 
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         yield from self.base.blocks(files)

@@ -6,7 +6,9 @@ is trusted.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +169,7 @@ def check_loads(folder: Path, prompt: str, trust_remote_code: bool) -> Check:
         VerificationError: it does not load, or a weight is missing, left over or of another shape.
     """
     try:
-        with quiet_library():
+        with quiet_library(), contextlib.redirect_stdout(sys.stderr):
             return Check("load", "passed", _load_and_run(folder, prompt, trust_remote_code))
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -146,6 +146,14 @@ def test_the_tokenizer_of_another_model_is_refused(export: Export, tmp_path: Pat
         export(checkpoint)
 
 
+def test_an_eos_token_that_the_model_has_no_row_for_is_refused(export: Export, tmp_path: Path) -> None:
+    checkpoint = Case("llama-zero3").copy(tmp_path / "copy")
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftexu|>"}))
+    with pytest.raises(CheckpointError, match=r"'<\|endoftexu\|>' has the id \d+, but model\.embed_tokens\.weight has"):
+        export(checkpoint)
+
+
 def test_shards_stay_below_the_size_header_included_and_load(export: Export) -> None:
     case = Case("llama-zero2")
     folder, report = export(case.checkpoint, max_shard_size=8000, prompt_format="none")
@@ -270,15 +278,20 @@ def test_a_flipped_bit_in_a_partition_is_refused_by_its_checksum(export: Export,
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_tied_names_with_different_values_are_refused(export: Export, tmp_path: Path) -> None:
+def test_tied_names_with_different_values_are_exported_untied(export: Export, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     checkpoint = Case("gpt2-safetensors").copy(tmp_path / "copy")
     weights = load_file(checkpoint / "model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RefusedError, match=r"lm_head\.weight and transformer\.wte\.weight"):
-        export(checkpoint)
+    folder, report = export(checkpoint, dtype="keep")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert report["tensors"]["tied"] == {}
+    loaded = load(folder).state_dict()
+    rows = weights["lm_head.weight"].shape[0]
+    assert torch.equal(loaded["lm_head.weight"][:rows], weights["lm_head.weight"])
+    assert torch.equal(loaded["transformer.wte.weight"][:rows], weights["transformer.wte.weight"])
 
 
 def test_an_output_folder_is_replaced_only_when_told_to(export: Export, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from exporter.errors import (
     UsageError,
     VerificationError,
 )
-from exporter.hub import Connection, Destination, OutgoingFile, Publication, RemoteFile, connect, plan_push, publish
+from exporter.hub import Connection, Destination, OutgoingFile, Publication, Push, RemoteFile, connect, plan_push
 from exporter.hub import client as hub_client
 from exporter.hub.account import require_write_access
 from exporter.hub.failures import translate
@@ -82,7 +82,7 @@ def connected(hub: RehearsalHub, token: str | None = None, **options: Any) -> Co
 
 
 def published(hub: RehearsalHub, files: list[OutgoingFile], **options: Any) -> Publication:
-    return publish(connected(hub, **options), files)
+    return Push(connected(hub, **options)).commit(files)
 
 
 def api_of(hub: RehearsalHub) -> HfApi:
@@ -276,7 +276,7 @@ def test_a_commit_in_between_is_refused_before_anything_is_sent(lfs_hub: Rehears
     before = commits(lfs_hub)
     lfs_hub.requests.clear()
     with pytest.raises(HubRefusedError, match="Somebody committed to main"):
-        publish(connection, export(tmp_path / "new", release(2)))
+        Push(connection).commit(export(tmp_path / "new", release(2)))
     assert (changes(lfs_hub), commits(lfs_hub)) == ([], before)
 
 
@@ -284,10 +284,9 @@ def test_a_commit_during_the_upload_is_refused_and_the_branch_stays_as_it_is(hub
     published(hub, export(tmp_path / "old", release()))
     connection = connected(hub, release_tag="v1")
     with pytest.raises(HubRefusedError) as caught:
-        publish(
-            connection,
+        Push(connection).commit(
             export(tmp_path / "new", release(2)),
-            progress=lambda size: commit_by_somebody_else(hub, {"notes.md": b"hello"}),
+            lambda size: commit_by_somebody_else(hub, {"notes.md": b"hello"}),
         )
     assert "412" in caught.value.message
     assert len(commits(hub)) == 3
@@ -326,7 +325,7 @@ def test_a_tag_on_another_release_is_refused_before_any_upload(lfs_hub: Rehearsa
     connection = connected(lfs_hub, release_tag="v1")
     lfs_hub.requests.clear()
     with pytest.raises(HubRefusedError, match="tag v1"):
-        publish(connection, export(tmp_path / "new", release(2)))
+        Push(connection).commit(export(tmp_path / "new", release(2)))
     assert changes(lfs_hub) == []
 
 
@@ -376,13 +375,13 @@ def test_a_pull_request_of_somebody_else_or_about_something_else_is_not_reused(
 
 def test_a_hub_without_xet_is_served_over_lfs_and_the_user_is_told(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
     notes: list[str] = []
-    publish(connected(lfs_hub), export(tmp_path, release()), note=notes.append)
+    Push(connected(lfs_hub), note=notes.append).commit(export(tmp_path, release()))
     assert any("LFS" in note for note in notes)
 
 
 def test_progress_counts_every_byte_that_is_sent(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
     sizes: list[int] = []
-    result = publish(connected(lfs_hub), export(tmp_path, release()), progress=sizes.append)
+    result = Push(connected(lfs_hub)).commit(export(tmp_path, release()), sizes.append)
     assert sum(sizes) == result.uploaded_bytes
 
 
@@ -481,7 +480,7 @@ def test_a_commit_by_somebody_else_is_not_taken_for_the_lost_one(
 
     monkeypatch.setattr(HfApi, "create_commit", overtaken)
     with pytest.raises(HubRefusedError):
-        publish(connection, export(tmp_path / "new", release(2)))
+        Push(connection).commit(export(tmp_path / "new", release(2)))
     assert len(commits(lfs_hub)) == 3
 
 
@@ -569,7 +568,7 @@ def test_a_token_without_the_right_is_a_credential_error_before_anything_is_made
 @pytest.mark.parametrize("scope", ["org", REPO])
 def test_a_fine_grained_token_for_the_place_is_enough(lfs_hub: RehearsalHub, tmp_path: Path, scope: str) -> None:
     token = lfs_hub.add_token(role="fineGrained", scopes=[scope])
-    assert publish(connected(lfs_hub, token), export(tmp_path, release())).status == "published"
+    assert Push(connected(lfs_hub, token)).commit(export(tmp_path, release())).status == "published"
 
 
 def test_a_stranger_to_the_namespace_may_not_publish_there_but_may_propose() -> None:
@@ -728,5 +727,5 @@ def test_an_error_whose_text_holds_the_token_is_not_chained(
 
 def test_no_value_shows_the_token(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
     connection = connected(lfs_hub)
-    result = publish(connection, export(tmp_path, release()))
+    result = Push(connection).commit(export(tmp_path, release()))
     assert lfs_hub.token not in repr(connection) + repr(result) + repr(replace(connection, exists=False))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from exporter.architecture.model import build_model
+from exporter.architecture.model import build_model, own_class
 from exporter.architecture.origin import Origin, disk_origins
 from exporter.tensors import DType
 
@@ -24,7 +24,7 @@ class Architecture:
     alias to the name that is stored, both as in memory. ``input_embedding`` is the matrix with a row for each id.
     ``kept_fp32`` has, by the dtype that a model is loaded in, the names in memory that are fp32 all the same.
     ``optional`` and ``ignored`` are patterns of names in memory that may be missing or left over. ``renamed`` makes
-    names in older files, or in files of the base model, those in memory.
+    names in older files, or in files of the base model, those in memory. ``notes`` are for the user.
     """
 
     class_name: str
@@ -38,6 +38,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     base_prefix: str = ""
     renamed: Callable[[str], str] = str
+    notes: tuple[str, ...] = ()
 
     def keeps_fp32(self, name: str, dtype: DType) -> bool:
         """Whether the class loads the tensor ``name`` (as on disk) in fp32 when the model is loaded in ``dtype``."""
@@ -53,7 +54,12 @@ def ask_architecture(config: Mapping[str, Any], code: Mapping[str, bytes], *, tr
             its weights in a form that those in memory cannot be brought into exactly.
         CheckpointError: the class does not accept the config.
     """
-    return _describe(build_model(config, code, trust_remote_code=trust_remote_code))
+    model = build_model(config, code, trust_remote_code=trust_remote_code)
+    described = _describe(model)
+    if trust_remote_code and own_class(config) is not None and type(model).__module__.startswith("transformers."):
+        note = f"The checkpoint's own code does not run here; transformers' own {described.class_name} takes its place."
+        return replace(described, notes=(note,))
+    return described
 
 
 def _describe(model: Any) -> Architecture:

@@ -35,7 +35,7 @@ def build_model(config: Mapping[str, Any], code: Mapping[str, bytes], *, trust_r
     """
     _require_modest(config)
     with quiet_library(), contextlib.redirect_stdout(sys.stderr):
-        if trust_remote_code and _own_class(config) is not None:
+        if trust_remote_code and own_class(config) is not None:
             try:
                 return _built(config, code)
             except CheckpointError:
@@ -96,7 +96,7 @@ def _imported_model(config: Mapping[str, Any], code: Mapping[str, bytes]) -> Any
     auto_map = {key: _localized(entry) for key, entry in _auto_map(config).items()}
     with _folder({**config, "auto_map": auto_map}, code) as folder:
         parsed = _parsed_config(folder, trust_remote_code=True)
-        model_class = get_class_from_dynamic_module(str(_own_class(config)), folder, local_files_only=True)
+        model_class = get_class_from_dynamic_module(str(own_class(config)), folder, local_files_only=True)
         return _on_meta(model_class, parsed)
 
 
@@ -177,7 +177,7 @@ def _localized(entry: Any) -> Any:
     return entry.rpartition("--")[2] if isinstance(entry, str) else entry
 
 
-def _own_class(config: Mapping[str, Any]) -> str | None:
+def own_class(config: Mapping[str, Any]) -> str | None:
     """``module.Class`` of the checkpoint's own model class: the one that ``architectures`` names, or its causal one."""
     own = {key: _localized(entry) for key, entry in _auto_map(config).items() if isinstance(entry, str)}
     name = _architecture_name(config)

@@ -518,6 +518,10 @@ class PartitionedTensor(StoredTensor):
         return math.ceil(self.numel / len(self.ranks))
 
     @property
+    def paths(self) -> frozenset[Path]:
+        return frozenset().union(*(rank.paths for rank in self.ranks))
+
+    @property
     def extents(self) -> tuple[Extent, ...]:
         pieces = tuple(extent for rank in self.ranks for extent in rank.cut(self.start, self.start + self.piece))
         return Vector(pieces).cut(0, self.numel)

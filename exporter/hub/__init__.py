@@ -1,6 +1,6 @@
 """The publishing transaction: everything checked first, then one commit, then a look at what arrived.
 
-:func:`connect` asks the Hub all that can be known before a weight is read and changes nothing there. :func:`publish`
+:func:`connect` asks the Hub all that can be known before a weight is read and changes nothing there. :class:`Push`
 sends exactly the given files in exactly one commit on the head that was seen, compares what arrived with what was
 sent, and only then sets the release tag.
 
@@ -13,7 +13,7 @@ account.py       the token and what it may write
 repository.py    the state of the repository on the Hub
 connection.py    connect: all questions before a weight is read
 upload.py        large files, ahead of the commit; Xet or LFS
-transaction.py   publish
+transaction.py   the push
 download.py      a published revision, read back
 """
 
@@ -24,18 +24,18 @@ from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
 from exporter.hub.download import download
 from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, plan_push
-from exporter.hub.transaction import Publication, publish
+from exporter.hub.transaction import Publication, Push
 
 __all__ = [
     "Connection",
     "Destination",
     "OutgoingFile",
     "Publication",
+    "Push",
     "PushPlan",
     "RemoteFile",
     "connect",
     "download",
     "has_token",
     "plan_push",
-    "publish",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from exporter.errors import HubRefusedError, VerificationError
@@ -47,34 +47,84 @@ class _Commit:
     pr_url: str | None
 
 
-def publish(
-    connection: Connection,
-    files: Iterable[OutgoingFile],
-    *,
-    progress: Progress = uncounted,
-    note: Note = silent,
-) -> Publication:
-    """Sends exactly ``files`` in one commit, checks what arrived, and then sets the release tag.
+@dataclass
+class Push:
+    """A release on its way: files may go ahead one by one, and :meth:`commit` makes all of them visible at once.
 
-    ``progress`` is called with the bytes of each batch of files that is uploaded. Publishing what the Hub has already
-    sends nothing and makes no commit.
-
-    Raises:
-        CredentialError: the token may not do this after all.
-        HubRefusedError: somebody committed since :func:`connect`, the release tag is on something else, or the Hub
-            refuses. The branch is as it was.
-        HubUnreachableError: the Hub does not answer. Publishing again completes what was begun.
-        OutputError: a file is not what ``files`` says of it.
-        VerificationError: the Hub holds other bytes than were sent. There is no release tag.
+    ``note`` is called with what the user should know.
     """
-    outgoing = tuple(files)
-    with bounded_and_quiet():
-        _require_same_head(connection)
-        _require_usable_tag(connection, outgoing)
-        plan = connection.plan(outgoing)
-        if plan.is_empty and connection.head is not None:
-            return _publication(connection, plan, _Commit(connection.head, _pull_request_url(connection)))
-        return _published(_with_repository(connection), outgoing, progress, note)
+
+    connection: Connection
+    note: Note = silent
+    _upload: Upload | None = None
+    _additions: dict[str, CommitOperationAdd] = field(default_factory=dict)
+
+    def send_ahead(self, file: OutgoingFile) -> bool:
+        """Uploads ``file`` while others are still to come; until the commit nobody sees it.
+
+        Returns whether the Hub has its bytes, so that ``file.source`` may go away. Where the release tag is there
+        already nothing goes ahead: only the whole release tells whether it is on this one.
+
+        Raises: as :meth:`commit`.
+        """
+        snapshot = self.connection.snapshot
+        there = snapshot.files.get(file.path) if snapshot else None
+        if self.connection.tag_commit is not None or (there is not None and there.sha256 is None):
+            return False
+        with bounded_and_quiet():
+            if self.connection.plan([file]).sent:
+                self._send([file], uncounted)
+                return self._additions[file.path]._upload_mode == "lfs"
+        return True
+
+    def commit(self, files: Iterable[OutgoingFile], progress: Progress = uncounted) -> Publication:
+        """Sends what did not go ahead, commits exactly ``files``, checks what arrived, and then sets the release tag.
+
+        ``progress`` is called with the bytes of each batch of files that is uploaded. Publishing what the Hub has
+        already sends nothing and makes no commit.
+
+        Raises:
+            CredentialError: the token may not do this after all.
+            HubRefusedError: somebody committed since :func:`connect`, the release tag is on something else, or the Hub
+                refuses. The branch is as it was.
+            HubUnreachableError: the Hub does not answer. Publishing again completes what was begun.
+            OutputError: a file is not what ``files`` says of it.
+            VerificationError: the Hub holds other bytes than were sent. There is no release tag.
+        """
+        outgoing = tuple(files)
+        with bounded_and_quiet():
+            _require_same_head(self.connection)
+            _require_usable_tag(self.connection, outgoing)
+            plan = self.connection.plan(outgoing)
+            if plan.is_empty and self.connection.head is not None:
+                done = _Commit(self.connection.head, _pull_request_url(self.connection))
+                return _publication(self.connection, plan, done)
+            return self._committed(outgoing, progress)
+
+    def _send(self, files: Sequence[OutgoingFile], progress: Progress) -> None:
+        self.connection = _with_repository(self.connection)
+        if self._upload is None:
+            branch = self.connection.revision if self.connection.has_branch else DEFAULT_BRANCH
+            opens = _opens_pull_request(self.connection)
+            self._upload = Upload(self.connection.repository, branch, opens, self.note)
+        self._additions |= self._upload.send(files, progress)
+
+    def _committed(self, files: tuple[OutgoingFile, ...], progress: Progress) -> Publication:
+        self.connection = connection = _with_repository(self.connection)
+        plan = connection.plan(files)
+        sent = [file for file in files if file.path in plan.sent]
+        self._send([file for file in sent if file.path not in self._additions], progress)
+        _create_branch(connection)
+        commit = _make_commit(connection, files, [self._additions[file.path] for file in sent], plan)
+        _require_arrived(connection, files, commit)
+        return replace(
+            _publication(connection, plan, commit),
+            transport=self._upload.transport if self._upload else None,
+            added=plan.sent,
+            deleted=plan.deleted,
+            uploaded_bytes=sum(file.size for file in sent),
+            status="published",
+        )
 
 
 def _require_usable_tag(connection: Connection, files: tuple[OutgoingFile, ...]) -> None:
@@ -104,25 +154,6 @@ def _with_repository(connection: Connection) -> Connection:
         lambda: repository.info() is not None or None,
     )
     return with_branch(replace(connection, exists=True))
-
-
-def _published(connection: Connection, files: tuple[OutgoingFile, ...], progress: Progress, note: Note) -> Publication:
-    plan = connection.plan(files)
-    sent = tuple(file for file in files if file.path in plan.sent)
-    branch = connection.revision if connection.has_branch else DEFAULT_BRANCH
-    upload = Upload(connection.repository, branch, _opens_pull_request(connection), note)
-    additions = upload.send(sent, progress)
-    _create_branch(connection)
-    commit = _make_commit(connection, files, additions, plan)
-    _require_arrived(connection, files, commit)
-    return replace(
-        _publication(connection, plan, commit),
-        transport=upload.transport,
-        added=plan.sent,
-        deleted=plan.deleted,
-        uploaded_bytes=sum(file.size for file in sent),
-        status="published",
-    )
 
 
 def _publication(connection: Connection, plan: PushPlan, commit: _Commit) -> Publication:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -43,21 +43,24 @@ class Upload:
     note: Note
     transport: str | None = None
 
-    def send(self, files: Iterable[OutgoingFile], progress: Progress) -> list[CommitOperationAdd]:
-        """Uploads what the Hub wants ahead of the commit and returns the commit's additions for all ``files``.
+    @cached_property
+    def _available(self) -> str:
+        return "xet" if self._has_xet() else "lfs"
+
+    def send(self, files: Iterable[OutgoingFile], progress: Progress) -> dict[str, CommitOperationAdd]:
+        """Uploads what the Hub wants ahead of the commit and returns the commit's additions for ``files``, by path.
 
         Raises OutputError if a file has another size than it should.
         """
-        transport = "xet" if self._has_xet() else "lfs"
-        additions: list[CommitOperationAdd] = []
+        additions: dict[str, CommitOperationAdd] = {}
         for batch in batches(files):
             operations = [addition(file) for file in batch]
-            with without_xet() if transport == "lfs" else nullcontext():
+            with without_xet() if self._available == "lfs" else nullcontext():
                 self.repository.client.once("take the files", partial(self._preupload, operations))
             _require_not_ignored(operations)
             if any(operation._upload_mode == "lfs" for operation in operations):
-                self.transport = transport
-            additions += operations
+                self.transport = self._available
+            additions |= {operation.path_in_repo: operation for operation in operations}
             progress(sum(file.size for file in batch))
         return additions
 
