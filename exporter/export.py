@@ -168,6 +168,8 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     source = Source.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint.folder)
     key = _staging_key(prepared, source, options)
     with staging_folder(_place(options), key, _needed(prepared, options)) as staging:
+        if taken_over := staging.journal.finished_bytes:
+            console.note(f"An earlier run was interrupted; the {taken_over:,} bytes that it finished are taken over.")
         push = Push(connection, note=console.note) if connection is not None else None
         files = write(prepared, source, staging, push, options, report, console)
         if options.verify == "load":

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import CheckpointError, ExportError, RefusedError
+from exporter.errors import CheckpointError, ExportError, OutputError, RefusedError
 
 _MOST_LAYERS = 1_000_000
 _MOST_PARAMETERS = 200_000
@@ -109,10 +109,14 @@ def _folder(config: Mapping[str, Any], code: Mapping[str, bytes]) -> Iterator[Pa
     """
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "checkpoint_code"
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
-        for name, content in code.items():
-            (folder / name).write_bytes(content)
+        try:
+            folder.mkdir()
+            for name, content in {**code, "config.json": json.dumps(config).encode()}.items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            raise OutputError(
+                f"The folder of temporary files cannot be written to: {error.strerror}.", "Make room, or set TMPDIR."
+            ) from error
         yield folder
 
 
