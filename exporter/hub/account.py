@@ -26,6 +26,14 @@ def resolve_token(token: str | None) -> str:
     return found
 
 
+def find_token(token: str | None) -> str | None:
+    """The token given, else the client's own, else None: what is public can be read without.
+
+    Raises CredentialError if what is there cannot be a token.
+    """
+    return resolve_token(token) if has_token(token) else None
+
+
 def has_token(token: str | None) -> bool:
     """Whether a token was given or is configured; nothing is said of whether it is good."""
     return bool(token or _configured_token())

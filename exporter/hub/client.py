@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -25,7 +25,7 @@ _RETRY_SECONDS = 45.0
 
 @dataclass(frozen=True)
 class HubClient:
-    """One Hub and one token. ``endpoint`` is its address without a slash at the end."""
+    """One Hub and one token, "" for none. ``endpoint`` is the Hub's address without a slash at the end."""
 
     endpoint: str
     token: str = field(repr=False)
@@ -34,7 +34,7 @@ class HubClient:
     def api(self) -> HfApi:
         from huggingface_hub import HfApi
 
-        return HfApi(endpoint=self.endpoint, token=self.token)
+        return HfApi(endpoint=self.endpoint, token=self.token or False)
 
     def ask(self, action: str, call: Callable[[], T]) -> T:
         """What ``call`` returns, tried again while the Hub is busy or does not answer.
@@ -76,7 +76,9 @@ class HubClient:
         """The answer to a GET of ``path`` at the endpoint. Raises what the client raises."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        response: Response = get_session().get(self.endpoint + path, headers=build_hf_headers(token=self.token))
+        response: Response = get_session().get(
+            self.endpoint + path, headers=build_hf_headers(token=self.token or False)
+        )
         hf_raise_for_status(response)
         return response
 
@@ -84,7 +86,7 @@ class HubClient:
         """The answer to a POST of ``body`` as JSON. Raises what the client raises."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        headers = build_hf_headers(token=self.token)
+        headers = build_hf_headers(token=self.token or False)
         response: Response = get_session().post(self.endpoint + path, headers=headers, json=body)
         hf_raise_for_status(response)
         return response
@@ -117,8 +119,9 @@ def _asked_pause(error: Exception) -> float:
 
 
 @contextmanager
-def bounded_and_quiet() -> Iterator[None]:
-    """Gives all of huggingface_hub our time limits, and takes its own bars, warnings and log lines off stderr."""
+def bounded_and_quiet(*, bars: bool = False) -> Iterator[None]:
+    """Gives all of huggingface_hub our time limits, and takes its warnings, log lines and, if not asked for, its
+    progress bars off stderr."""
     from huggingface_hub.utils import _http, logging, set_client_factory
 
     factory, verbosity = _http._GLOBAL_CLIENT_FACTORY, logging.get_verbosity()
@@ -127,7 +130,7 @@ def bounded_and_quiet() -> Iterator[None]:
     if verbosity == logging.WARNING:
         logging.set_verbosity(logging.ERROR)
     try:
-        with warnings.catch_warnings(), _without_progress_bars():
+        with warnings.catch_warnings(), nullcontext() if bars else _without_progress_bars():
             warnings.simplefilter("ignore")
             yield
     finally:

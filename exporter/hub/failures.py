@@ -83,7 +83,8 @@ def response_of(error: BaseException) -> Response | None:
 
 
 def translate(error: Exception, action: str, token: str) -> ExportError:
-    """What to tell about ``error``, which kept us from ``action`` ("create the repository"). Never holds ``token``."""
+    """What to tell about ``error``, which kept us from ``action`` ("create the repository"). Never holds ``token``, if
+    there is one."""
     known = next((cause for cause in _causes(error) if isinstance(cause, ExportError)), None)
     if known is not None:
         return known
@@ -99,7 +100,7 @@ def translate(error: Exception, action: str, token: str) -> ExportError:
 
 def shown_cause(told: ExportError, error: Exception, token: str) -> Exception | None:
     """What a traceback of ``told`` may show as its cause: ``error``, unless its text holds the token."""
-    leaks = token in "".join(traceback.format_exception(error))
+    leaks = bool(token) and token in "".join(traceback.format_exception(error))
     return None if leaks or told in _causes(error) else error
 
 
@@ -144,7 +145,8 @@ def _answer(error: BaseException) -> str:
 
 
 def _one_line(text: str, token: str) -> str:
-    line = " ".join(text.split()).replace(token, TOKEN_PLACEHOLDER)
+    line = " ".join(text.split())
+    line = line.replace(token, TOKEN_PLACEHOLDER) if token else line
     return line if len(line) <= _LONGEST_ANSWER else line[:_LONGEST_ANSWER] + "…"
 
 
