@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that help and usage errors a
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -96,6 +97,9 @@ def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
 
     return decorate
 
+
+_PUBLISHED = re.compile(r"(?P<repo_id>[^/@.~][^/@]*/[^/@]+)(@(?P<revision>.+))?")
+"""What names a repository on the Hub, where there is no such folder."""
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -246,13 +250,22 @@ def verify(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Prove the exported FOLDER again: its files, and if asked its tensors against CHECKPOINT, and that it loads."""
+    """Prove the exported FOLDER again: its files, and if asked its tensors against CHECKPOINT, and that it loads.
+
+    NAMESPACE/NAME[@REVISION] instead of FOLDER proves what is published there, without downloading weights.
+    """
+    published = _PUBLISHED.fullmatch(str(folder)) if not folder.exists() else None
+    if published and (checkpoint or load):
+        raise click.UsageError("--checkpoint and --load need a folder: download the repository first.")
     with ending(report, as_json) as findings:
         from exporter.console import Console
-        from exporter.proof import ProofOptions, run_verify
+        from exporter.proof import ProofOptions, prove_on_hub, run_verify
 
-        run_verify(ProofOptions(folder, checkpoint, tag, load, trust_remote_code), findings, Console(quiet))
-    _print_result(findings, as_json, _check_lines)
+        if published:
+            prove_on_hub(published["repo_id"], published["revision"] or "main", findings)
+        else:
+            run_verify(ProofOptions(folder, checkpoint, tag, load, trust_remote_code), findings, Console(quiet))
+    _print_result(findings, as_json, _verify_lines)
 
 
 @click.command(cls=HyphenCommand)
@@ -456,14 +469,34 @@ def _export_lines(report: dict[str, Any]) -> list[str]:
     if output.get("folder"):
         lines.append(f"folder: {output['folder']}")
     if hub:
+        lines += _forecast_lines(hub) if "sent_bytes" in hub else []
         lines.append(hub["url"])
     return lines
+
+
+def _forecast_lines(hub: dict[str, Any]) -> list[str]:
+    """What publishing would do to the repository, file by file."""
+    replaced = set(hub["replaced"])
+    actions = [
+        ("add", [path for path in hub["added"] if path not in replaced]),
+        ("replace", hub["replaced"]),
+        ("send if changed", hub["undecided"]),
+        ("delete", hub["deleted"]),
+        ("leave", hub["unchanged"]),
+        ("keep", hub["kept"]),
+    ]
+    lines = [f"{action:>15}  {path}" for action, paths in actions for path in paths]
+    return [f"on {hub['revision']} of {hub['repo_id']}, up to {hub['sent_bytes']:,} bytes to send:", *lines]
 
 
 def _release_lines(report: dict[str, Any]) -> list[str]:
     hub = report["hub"]
     counts = ", ".join(f"{len(hub[key])} {key}" for key in ("added", "deleted", "unchanged"))
     return [*_check_lines(report), f"{report['status']}: {counts}", hub["url"]]
+
+
+def _verify_lines(report: dict[str, Any]) -> list[str]:
+    return [*_check_lines(report), *([report["hub"]["url"]] if report["hub"] else [])]
 
 
 def _check_lines(report: dict[str, Any]) -> list[str]:

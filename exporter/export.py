@@ -164,6 +164,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         connection = _connect(destination, card, options, report, console)
     if options.dry_run:
         report.status = "planned"
+        report.hub = _describe_forecast(connection, prepared) if connection is not None else None
         return
     source = Source.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint.folder)
     key = _staging_key(prepared, source, options)
@@ -694,6 +695,25 @@ def _without_proxy() -> None:
 def _describe_source(source: Source, report: Report) -> dict[str, Any]:
     facts = {key: report.checkpoint[key] for key in ("format", "zero_stage", "world_size", "tag", "step", "weights")}
     return facts | {"files": [file.describe() for file in source.files.values()]}
+
+
+def _describe_forecast(connection: Connection, prepared: Prepared) -> dict[str, Any]:
+    """The report's ``hub`` of a run that publishes nothing; the manifest's size is not known yet."""
+    sizes = {shard.name: shard.size for shard in prepared.plan.shards} | {MANIFEST_NAME: 0}
+    forecast = connection.forecast(prepared.texts, sizes)
+    return {
+        "endpoint": connection.endpoint,
+        "repo_id": connection.repository.repo_id,
+        "url": connection.repository.url,
+        "commit": connection.head,
+        "revision": connection.revision,
+        "pr_url": None,
+        "tag": connection.destination.release_tag,
+        "transport": None,
+        **asdict(forecast),
+        "added": sorted(forecast.added + forecast.replaced),
+        "uploaded_bytes": 0,
+    }
 
 
 def _base(tensor: LazyTensor) -> LazyTensor:

@@ -13,6 +13,7 @@ from exporter.config import code_files, read_config, read_generation_config
 from exporter.console import Console
 from exporter.errors import UsageError, VerificationError
 from exporter.export import Options, plan_weights, prompt_of
+from exporter.hub import prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.report import Report
@@ -51,6 +52,23 @@ def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
     if options.load:
         with report.timed("load"):
             report.checks.append(check_loads(options.folder, prompt_of(vocabulary), options.trust_remote_code))
+    report.status = "verified"
+
+
+def prove_on_hub(repo_id: str, revision: str, report: Report) -> None:
+    """Prove a published revision against the manifest in it, without downloading its weights.
+
+    Raises:
+        UsageError: there is no such repository or revision.
+        VerificationError: a file there is not what the manifest says.
+        HubUnreachableError, CredentialError, HubRefusedError: as the Hub answers.
+    """
+    with report.timed("hub"):
+        proven = prove_published(repo_id, revision)
+    report.hub = {"endpoint": proven.endpoint, "repo_id": repo_id, "url": proven.url, "commit": proven.commit}
+    report.checks.append(
+        Check("hub", "passed", f"{proven.count} files and their headers are what {MANIFEST_NAME} says")
+    )
     report.status = "verified"
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.utils import httpx
+from safetensors.torch import save
 
 from exporter.errors import (
     CredentialError,
@@ -25,7 +27,18 @@ from exporter.errors import (
     UsageError,
     VerificationError,
 )
-from exporter.hub import Connection, Destination, OutgoingFile, Publication, Push, RemoteFile, connect, plan_push
+from exporter.hub import (
+    Connection,
+    Destination,
+    Forecast,
+    OutgoingFile,
+    Publication,
+    Push,
+    RemoteFile,
+    connect,
+    plan_push,
+    prove_published,
+)
 from exporter.hub import client as hub_client
 from exporter.hub.account import require_write_access
 from exporter.hub.failures import translate
@@ -72,8 +85,15 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def safetensors(tensors: dict[str, bytes]) -> bytes:
+    return save({name: torch.tensor(list(data), dtype=torch.uint8) for name, data in tensors.items()})
+
+
 def release(seed: int = 0, shards: int = 2, **more: bytes) -> dict[str, bytes]:
-    weights = {f"model-{i:05}-of-{shards:05}.safetensors": bytes([seed, i]) * 100_000 for i in range(1, shards + 1)}
+    weights = {
+        f"model-{i:05}-of-{shards:05}.safetensors": safetensors({f"weight{i}": bytes([seed, i]) * 100_000})
+        for i in range(1, shards + 1)
+    }
     return {"README.md": CARD.encode(), "config.json": b"{}", "tokenizer.json": b'{"a": 1}', **weights, **more}
 
 
@@ -415,7 +435,7 @@ def test_a_file_that_the_repositorys_gitignore_names_is_published_all_the_same(
 def test_a_file_that_changed_its_size_is_not_sent(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
     files = export(tmp_path, release())
     files[3].source.write_bytes(b"other")
-    with pytest.raises(OutputError, match="has 5 bytes, expected 200000 bytes"):
+    with pytest.raises(OutputError, match="has 5 bytes, expected 200080 bytes"):
         published(lfs_hub, files)
     assert len(commits(lfs_hub)) == 1
 
@@ -516,6 +536,138 @@ def test_a_file_that_did_not_leave_is_found(
     monkeypatch.setattr(HfApi, "create_commit", forgetful)
     with pytest.raises(VerificationError, match="of-00003"):
         published(lfs_hub, export(tmp_path / "new", release(2, shards=1)))
+
+
+# A published revision, proven without its weights
+
+
+def with_index(shards: dict[str, bytes], weight_map: dict[str, str]) -> dict[str, bytes]:
+    return {**shards, "model.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode()}
+
+
+@pytest.fixture
+def as_the_hub(hub: RehearsalHub, monkeypatch: pytest.MonkeyPatch) -> RehearsalHub:
+    """The rehearsal Hub as the one that huggingface_hub talks to."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    return hub
+
+
+PLACES = {f"weight{i}": f"model-{i:05}-of-00002.safetensors" for i in (1, 2)}
+
+
+def test_a_published_export_is_proven_without_its_weights(as_the_hub: RehearsalHub, tmp_path: Path) -> None:
+    result = published(as_the_hub, export(tmp_path, with_index(release(), PLACES)), release_tag="v1")
+    commit_by_somebody_else(as_the_hub, {"LICENSE": b"free"})
+    for revision, commit in (("v1", result.commit), ("main", commits(as_the_hub)[0])):
+        as_the_hub.requests.clear()
+        proven = prove_published(REPO, revision)
+        assert (proven.commit, proven.count) == (commit, 6)
+        assert changes(as_the_hub) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        ({"config.json": b"[]"}, "config.json is not what was exported"),
+        ({"model-00001-of-00002.safetensors": b"0" * 200_080}, "of another digest"),
+        ({"pytorch_model.bin": b"0"}, "pytorch_model.bin is not what was exported: found 1 bytes"),
+    ],
+)
+def test_a_repository_that_somebody_changed_is_not_proven(
+    files: dict[str, bytes], fault: str, as_the_hub: RehearsalHub, tmp_path: Path
+) -> None:
+    published(as_the_hub, export(tmp_path, release()))
+    commit_by_somebody_else(as_the_hub, files)
+    with pytest.raises(VerificationError, match=fault):
+        prove_published(REPO, "main")
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (with_index(release(), PLACES | {"weight2": PLACES["weight1"]}), "do not name the same tensors"),
+        (with_index(release(), PLACES | {"weight3": PLACES["weight1"]}), "do not name the same tensors"),
+        (release() | {"model-00002-of-00002.safetensors": b"0" * 200_000}, "header of model-00002"),
+        (release() | {"model-00002-of-00002.safetensors": safetensors({"a": b"0" * 9})[:-1]}, "header of model-00002"),
+    ],
+)
+def test_weights_whose_headers_do_not_fit_are_found_after_the_commit(
+    files: dict[str, bytes], fault: str, lfs_hub: RehearsalHub, tmp_path: Path
+) -> None:
+    with pytest.raises(VerificationError, match=fault):
+        published(lfs_hub, export(tmp_path, files), release_tag="v1")
+    assert api_of(lfs_hub).list_repo_refs(REPO).tags == []
+
+
+def test_a_long_header_is_read_whole(as_the_hub: RehearsalHub, tmp_path: Path) -> None:
+    weights = safetensors({f"weight.{'x' * 100}.{i}": bytes([i % 256]) for i in range(2000)})
+    published(as_the_hub, export(tmp_path, {"README.md": CARD.encode(), "model.safetensors": weights}))
+    assert prove_published(REPO, "main").count == 2
+
+
+@pytest.mark.parametrize("name", ["org/none", "org/tiny@none"])
+def test_what_is_not_there_cannot_be_proven(name: str, as_the_hub: RehearsalHub, tmp_path: Path) -> None:
+    published(as_the_hub, export(tmp_path, release()))
+    repo_id, _, revision = name.partition("@")
+    with pytest.raises(UsageError, match=f"There is no {repo_id}@{revision or 'main'}"):
+        prove_published(repo_id, revision or "main")
+
+
+# A plan before the weights are written
+
+
+def test_a_forecast_tells_what_is_known_before_the_weights_are(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
+    published(lfs_hub, export(tmp_path, release(1, shards=3)))
+    commit_by_somebody_else(lfs_hub, {"LICENSE": b"free"})
+    texts = {"README.md": CARD.encode(), "config.json": b"[]", "vocab.json": b"new"}
+    size = len(release()["model-00001-of-00002.safetensors"])
+    sizes = {"model-00001-of-00003.safetensors": size, "model-00002-of-00003.safetensors": 5, "export.json": 0}
+    lfs_hub.requests.clear()
+    forecast = connected(lfs_hub).forecast(texts, sizes)
+    assert forecast == Forecast(
+        added=("vocab.json",),
+        replaced=("config.json", "export.json", "model-00002-of-00003.safetensors"),
+        undecided=("model-00001-of-00003.safetensors",),
+        deleted=("model-00003-of-00003.safetensors", "tokenizer.json"),
+        kept=(".gitattributes", "LICENSE"),
+        unchanged=("README.md",),
+        sent_bytes=size + 5 + 3 + 2,
+    )
+    assert changes(lfs_hub) == []
+
+
+# What is sent while others are still to come
+
+
+def test_files_that_went_ahead_are_not_sent_again_and_may_go_away(hub: RehearsalHub, tmp_path: Path) -> None:
+    files = export(tmp_path, release())
+    push = Push(connected(hub))
+    weights = [file for file in files if file.path.endswith(".safetensors")]
+    for file in weights:
+        assert push.send_ahead(file)
+        file.source.unlink()
+    assert tree(hub) == {".gitattributes"}
+    result = push.commit(files)
+    assert (result.status, set(result.added)) == ("published", {file.path for file in files})
+    assert hub.read(REPO, weights[0].path) == release()[weights[0].path]
+    assert len(commits(hub)) == 2
+
+    (tmp_path / weights[0].path).write_bytes(release()[weights[0].path])
+    again = Push(connected(hub))
+    hub.requests.clear()
+    assert again.send_ahead(weights[0])
+    assert again.commit(files).status == "unchanged"
+    assert changes(hub) == []
+
+
+def test_nothing_goes_ahead_while_the_release_tag_is_in_doubt(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
+    published(lfs_hub, export(tmp_path / "old", release()), release_tag="v1")
+    push = Push(connected(lfs_hub, release_tag="v1"))
+    files = export(tmp_path / "new", release(2))
+    lfs_hub.requests.clear()
+    assert not push.send_ahead(files[-1])
+    assert changes(lfs_hub) == []
 
 
 # What is refused before a weight is read

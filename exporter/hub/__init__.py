@@ -13,6 +13,7 @@ account.py       the token and what it may write
 repository.py    the state of the repository on the Hub
 connection.py    connect: all questions before a weight is read
 upload.py        large files, ahead of the commit; Xet or LFS
+arrival.py       whether a revision on the Hub is an export, whole and readable
 transaction.py   the push
 download.py      a published revision, read back
 """
@@ -20,16 +21,19 @@ download.py      a published revision, read back
 from __future__ import annotations
 
 from exporter.hub.account import has_token
+from exporter.hub.arrival import Proven, prove_published
 from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
 from exporter.hub.download import download
-from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, plan_push
+from exporter.hub.push import Forecast, OutgoingFile, PushPlan, RemoteFile, plan_push
 from exporter.hub.transaction import Publication, Push
 
 __all__ = [
     "Connection",
     "Destination",
+    "Forecast",
     "OutgoingFile",
+    "Proven",
     "Publication",
     "Push",
     "PushPlan",
@@ -38,4 +42,5 @@ __all__ = [
     "download",
     "has_token",
     "plan_push",
+    "prove_published",
 ]

@@ -76,11 +76,29 @@ class HubClient:
         """The answer to a GET of ``path`` at the endpoint. Raises what the client raises."""
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        response: Response = get_session().get(
-            self.endpoint + path, headers=build_hf_headers(token=self.token or False)
-        )
+        headers = build_hf_headers(token=self.token or False)
+        response: Response = get_session().get(self.endpoint + path, headers=headers, follow_redirects=True)
         hf_raise_for_status(response)
         return response
+
+    def get_start(self, path: str, count: int) -> bytes:
+        """The first ``count`` bytes of the answer to a GET of ``path``, also where a Hub would send more.
+
+        Raises what the client raises.
+        """
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        headers = {**build_hf_headers(token=self.token or False), "Range": f"bytes=0-{count - 1}"}
+        start = b""
+        with get_session().stream("GET", self.endpoint + path, headers=headers, follow_redirects=True) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            for block in response.iter_bytes():
+                start += block
+                if len(start) >= count:
+                    break
+        return start[:count]
 
     def post(self, path: str, body: object) -> Response:
         """The answer to a POST of ``body`` as JSON. Raises what the client raises."""

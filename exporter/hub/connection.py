@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from exporter.errors import HubRefusedError
 from exporter.hub.account import require_write_access, resolve_token
 from exporter.hub.client import HubClient, bounded_and_quiet
 from exporter.hub.destination import DEFAULT_BRANCH, Destination
-from exporter.hub.push import OutgoingFile, PushPlan
+from exporter.hub.push import Forecast, OutgoingFile, PushPlan, forecast_push
 from exporter.hub.repository import MANIFEST_NAME, PullRequest, Repository, Snapshot
 
 if TYPE_CHECKING:
@@ -59,6 +59,11 @@ class Connection:
     def plan(self, files: Iterable[OutgoingFile]) -> PushPlan:
         """What publishing ``files`` adds, replaces, deletes and keeps. Asks nothing, changes nothing."""
         return (self.snapshot or Snapshot("")).plan(tuple(files))
+
+    def forecast(self, texts: Mapping[str, bytes], sizes: Mapping[str, int]) -> Forecast:
+        """What publishing ``texts`` and files of ``sizes`` in bytes, whose content is not known yet, will do."""
+        snapshot = self.snapshot or Snapshot("")
+        return forecast_push(texts, sizes, snapshot.files, snapshot.owned)
 
 
 def connect(

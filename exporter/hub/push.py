@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.shards import WrittenFile
+
 _BLOCK_BYTES = 1024 * 1024
 _LOADED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 """The names that from_pretrained looks for: beside new weights an old one is read with them, or instead of them."""
@@ -23,12 +25,17 @@ class OutgoingFile:
     sha256: str
 
     def git_blob_id(self) -> str:
-        """The id, in hex, that git gives this file's bytes: sha1 of ``blob SIZE``, a zero byte and the bytes."""
-        digest = hashlib.sha1(f"blob {self.size}\0".encode(), usedforsecurity=False)
+        """The id, in hex, that git gives this file's bytes."""
         with self.source.open("rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
-        return digest.hexdigest()
+            return git_blob_id(self.size, iter(lambda: file.read(_BLOCK_BYTES), b""))
+
+
+def git_blob_id(size: int, blocks: Iterable[bytes]) -> str:
+    """The id, in hex, that git gives ``size`` bytes: sha1 of ``blob SIZE``, a zero byte and the bytes."""
+    digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,48 @@ class PushPlan:
         return not (self.added or self.replaced or self.deleted)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a push will do, as far as it is known before the weights are written.
+
+    ``undecided`` are weight files of the same name and size as the Hub's, which are sent if their bytes differ.
+    ``sent_bytes`` is the size of all that is sent, with them.
+    """
+
+    added: tuple[str, ...]
+    replaced: tuple[str, ...]
+    undecided: tuple[str, ...]
+    deleted: tuple[str, ...]
+    kept: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    sent_bytes: int
+
+
+def forecast_push(
+    texts: Mapping[str, bytes],
+    sizes: Mapping[str, int],
+    remote: Mapping[str, RemoteFile],
+    owned: Mapping[str, tuple[int, str]],
+) -> Forecast:
+    """What a push of ``texts``, whose content is known, and of files of ``sizes`` in bytes does to ``remote``."""
+    known = [WrittenFile(path, len(text), hashlib.sha256(text).hexdigest()) for path, text in texts.items()]
+    unknown = [WrittenFile(path, size, "") for path, size in sizes.items()]
+    blob_ids = {path: git_blob_id(len(text), [text]) for path, text in texts.items()}
+    plan = plan_push([*known, *unknown], remote, owned=owned, blob_ids=blob_ids)
+    undecided = tuple(path for path in plan.replaced if sizes.get(path) == remote[path].size)
+    return Forecast(
+        added=plan.added,
+        replaced=tuple(path for path in plan.replaced if path not in undecided),
+        undecided=undecided,
+        deleted=plan.deleted,
+        kept=plan.kept,
+        unchanged=plan.unchanged,
+        sent_bytes=sum(file.size for file in (*known, *unknown) if file.path in plan.sent),
+    )
+
+
 def plan_push(
-    outgoing: Iterable[OutgoingFile],
+    outgoing: Iterable[OutgoingFile | WrittenFile],
     remote: Mapping[str, RemoteFile],
     *,
     owned: Mapping[str, tuple[int, str]] | None = None,
@@ -91,7 +138,7 @@ def plan_push(
     )
 
 
-def _same(file: OutgoingFile, remote: RemoteFile, blob_ids: Mapping[str, str]) -> bool:
+def _same(file: OutgoingFile | WrittenFile, remote: RemoteFile, blob_ids: Mapping[str, str]) -> bool:
     if remote.sha256 is None:
         return file.size == remote.size and blob_ids.get(file.path) == remote.blob_id
     return (file.size, file.sha256) == (remote.size, remote.sha256)

@@ -112,8 +112,19 @@ class Repository:
     def _owned(self, commit: str, manifest: RemoteFile | None) -> dict[str, tuple[int, str]]:
         if manifest is None or manifest.size > _LARGEST_MANIFEST:
             return {}
-        path = f"/{self.repo_id}/resolve/{quote(commit, safe='')}/{MANIFEST_NAME}"
-        return manifest_files(self.client.ask(f"send {MANIFEST_NAME}", lambda: self.client.get(path).content))
+        return manifest_files(self.read(commit, MANIFEST_NAME))
+
+    def read(self, commit: str, path: str) -> bytes:
+        """The content of a small file at ``commit``."""
+        return self.client.ask(f"send {path}", lambda: self.client.get(self._address(commit, path)).content)
+
+    def read_start(self, commit: str, path: str, count: int) -> bytes:
+        """The first ``count`` bytes of a file at ``commit``."""
+        address = self._address(commit, path)
+        return self.client.ask(f"send the start of {path}", lambda: self.client.get_start(address, count))
+
+    def _address(self, commit: str, path: str) -> str:
+        return f"/{self.repo_id}/resolve/{quote(commit, safe='')}/{quote(path)}"
 
     def own_pull_request(self, user: str) -> PullRequest | None:
         """The newest open pull request of ``user`` that brings another export than the default branch has."""
@@ -134,6 +145,18 @@ class Repository:
     def _manifest_id(self, revision: str) -> str | None:
         files = self.client.ask("list the files", lambda: list(self._list(revision, recursive=False)))
         return next((file.blob_id for file in files if file.path == MANIFEST_NAME), None)
+
+    def commit(self, revision: str) -> str | None:
+        """The commit that a branch, tag, commit id or reference means, None if there is none."""
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        def look() -> str | None:
+            try:
+                return str(self.client.api.model_info(self.repo_id, revision=revision).sha)
+            except RevisionNotFoundError:
+                return None
+
+        return self.client.ask("name the commit", look)
 
     def _commit(self, revision: str) -> str:
         info = self.client.ask("name the head", lambda: self.client.api.model_info(self.repo_id, revision=revision))

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from exporter.errors import HubRefusedError, VerificationError
+from exporter.errors import HubRefusedError
+from exporter.hub.arrival import require_arrived
 from exporter.hub.client import bounded_and_quiet
 from exporter.hub.connection import Connection, Note, silent, taken_tag, with_branch
 from exporter.hub.destination import DEFAULT_BRANCH
@@ -116,7 +117,7 @@ class Push:
         self._send([file for file in sent if file.path not in self._additions], progress)
         _create_branch(connection)
         commit = _make_commit(connection, files, [self._additions[file.path] for file in sent], plan)
-        _require_arrived(connection, files, commit)
+        require_arrived(connection.repository, commit.id, files, self.note)
         return replace(
             _publication(connection, plan, commit),
             transport=self._upload.transport if self._upload else None,
@@ -228,20 +229,6 @@ def _landed_commit(connection: Connection, files: tuple[OutgoingFile, ...]) -> _
     if head is None or head == connection.head or not repository.snapshot(head).plan(files).is_empty:
         return None
     return _Commit(head, _pull_request_url(connection))
-
-
-def _require_arrived(connection: Connection, files: tuple[OutgoingFile, ...], commit: _Commit) -> None:
-    snapshot = connection.repository.snapshot(commit.id)
-    wrong = snapshot.plan(files)
-    if wrong.is_empty:
-        return
-    path = (wrong.sent + wrong.deleted)[0]
-    sizes = {file.path: file.size for file in files}
-    found = f"{snapshot.files[path].size} bytes of another digest" if path in snapshot.files else "nothing"
-    raise VerificationError(
-        f"{path} at {commit.id[:12]} is not what was sent: found {found}, expected {sizes.get(path, 'no')} bytes",
-        f"Do not use it: close its pull request, or git clone {connection.repository.url}, git revert it and push.",
-    )
 
 
 def _tagged(connection: Connection, commit: _Commit) -> str | None:
