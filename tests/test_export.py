@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from exporter.card import extract_sample_code
 from exporter.checkpoints import open_checkpoint
 from exporter.errors import CheckpointError, OutputError, RefusedError, UsageError
+from exporter.hub import OutgoingFile, Push
 from exporter.rehearsal import RehearsalHub
 from exporter.tensors import DType
 from tests.conftest import ALL_CASES, ZERO_CASES, Case
@@ -370,6 +371,29 @@ def test_the_line_of_the_readme_publishes_a_model_whose_sample_code_runs(transpo
         assert kept.returncode == 0, kept.stderr
         published = hub.repositories[name].resolve("main").tree
         assert contents(folder) == {path: hub.read(name, path) for path in published if path != ".gitattributes"}
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_shard_makes_room_once_it_is_sent(
+    jobs: int, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, real = [], Push.send_ahead
+
+    def counting(push: Push, file: OutgoingFile) -> bool:
+        staged.append(len(list(file.source.parent.glob("*.safetensors"))))
+        return real(push, file)
+
+    monkeypatch.setattr(Push, "send_ahead", counting)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    checkpoint, options = Case("llama-zero2").checkpoint, {"max_shard_size": 4000, "jobs": jobs}
+    with RehearsalHub(organizations=["Org"]) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        export(checkpoint, output_folder=None, hf_repo_name="Org/m", **options)
+        assert len(staged) == 6 and max(staged) <= jobs + 1
+        assert list(tmp_path.iterdir()) == []
+        folder, _ = export(checkpoint, hf_repo_name="Org/m", no_publish=True, **options)
+        assert {path.name: hub.read("Org/m", path.name) for path in folder.iterdir()} == contents(folder)
 
 
 def test_a_dry_run_without_a_token_does_without_the_hub_and_a_bad_token_is_told(tmp_path: Path) -> None:
