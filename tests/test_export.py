@@ -391,7 +391,7 @@ def test_a_shard_makes_room_once_it_is_sent(
         monkeypatch.setenv("HF_TOKEN", hub.token)
         export(checkpoint, output_folder=None, hf_repo_name="Org/m", **options)
         assert len(staged) == 6 and max(staged) <= jobs + 1
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.glob("export-model-*")) == []
         folder, _ = export(checkpoint, hf_repo_name="Org/m", no_publish=True, **options)
         assert {path.name: hub.read("Org/m", path.name) for path in folder.iterdir()} == contents(folder)
 
