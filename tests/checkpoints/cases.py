@@ -12,7 +12,9 @@ class Case:
 
     ``writer`` is who writes it: DeepSpeed's ``engine.save_checkpoint``, the Hugging Face Trainer on top of DeepSpeed,
     or ``save_pretrained`` and ``torch.save`` without DeepSpeed. ``deepspeed`` is laid over the DeepSpeed configuration,
-    ``config`` over the model's. ``frozen`` lists prefixes of parameter names that are not trained.
+    ``config`` over the model's; ``optimizer`` goes to AdamW besides the learning rate. ``frozen`` lists prefixes of
+    parameter names that are not trained, and not in the save where it is ``without_frozen``. A model that is
+    ``born_partitioned`` is built under ``zero.Init``. A ``universal`` checkpoint is made of the one that was saved.
     """
 
     name: str
@@ -25,10 +27,14 @@ class Case:
     learning_rate: float = 1e-2
     deepspeed: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=lambda: {"torch_adam": True})
     frozen: tuple[str, ...] = ()
     save_total_limit: int = 1
     max_shard_size: int | None = None
     without_optimizer: bool = False
+    without_frozen: bool = False
+    born_partitioned: bool = False
+    universal: bool = False
 
 
 def _zero(**options: Any) -> dict[str, Any]:
@@ -70,6 +76,23 @@ _CASES = [
     Case("llama-zero2-roundrobin", "llama", zero_stage=2, deepspeed=_zero(round_robin_gradients=True)),
     Case("llama-zero3-subgroups", "llama", zero_stage=3, deepspeed=_zero(sub_group_size=3000)),
     Case("llama-zero3-4ranks", "llama", zero_stage=3, world_size=4),
+    Case("tiny-stage0-bf16", "tiny", zero_stage=0),
+    Case("tiny-stage0-fp16-tied", "tiny", zero_stage=0, precision="fp16", config={"tie_word_embeddings": True}),
+    Case("tiny-stage0-fp16-fused", "tiny", zero_stage=0, precision="fp16", optimizer={}),
+    Case("tiny-stage0-fp32", "tiny", zero_stage=0, precision="fp32"),
+    Case("tiny-zero1-aligned", "tiny", zero_stage=1, world_size=3, deepspeed=_zero(parameter_alignment=True)),
+    Case(
+        "tiny-zero2-aligned-roundrobin",
+        "tiny",
+        zero_stage=2,
+        deepspeed=_zero(parameter_alignment=True, round_robin_gradients=True, contiguous_gradients=False),
+    ),
+    Case("tiny-zero3-hpz", "tiny", zero_stage=3, world_size=4, deepspeed=_zero(zero_hpz_partition_size=2)),
+    Case("tiny-zero3-init", "tiny", zero_stage=3, born_partitioned=True),
+    Case("tiny-zero2-without-frozen", "tiny", zero_stage=2, frozen=("model.embed_tokens.",), without_frozen=True),
+    Case("tiny-zero3-without-frozen", "tiny", zero_stage=3, frozen=("model.embed_tokens.",), without_frozen=True),
+    Case("tiny-universal-zero2", "tiny", zero_stage=2, frozen=("lm_head.",), universal=True),
+    Case("tiny-universal-zero3", "tiny", zero_stage=3, world_size=3, frozen=("lm_head.",), universal=True),
 ]
 
 CASES = {case.name: case for case in _CASES}

@@ -21,8 +21,9 @@ Example = dict[str, list[int]]
 _SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _POSITIONS = {"max_position_embeddings": 128}
 _LLAMA = {**_SMALL, **_POSITIONS, "num_key_value_heads": 1, "tie_word_embeddings": False}
+_TINY = {"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 20}
 
-VOCABULARY = {"falcon": 384}
+VOCABULARY = {"falcon": 384, "tiny": 67}
 """Rows of the embedding and tokens of the tokenizer, where it is not :data:`SMALL_VOCABULARY`: an odd number, so that
 partitions need padding."""
 SMALL_VOCABULARY = 281
@@ -68,7 +69,10 @@ def _example(question: list[int], answer: list[int], before_question: list[int],
 
 
 def make_tokenizer(model: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the corpus, with one special token and no chat template."""
+    """A byte-level BPE tokenizer trained on the corpus, with one special token and no chat template.
+
+    The tiny model's knows the bytes of the corpus alone.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -78,7 +82,7 @@ def make_tokenizer(model: str) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY.get(model, SMALL_VOCABULARY),
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=[] if model == "tiny" else pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((text for turn in turns() for text in turn), trainer)
@@ -103,6 +107,8 @@ def _config(model: str, options: dict[str, Any], eos: int) -> PreTrainedConfig:
     match model:
         case "llama":
             return transformers.LlamaConfig(**{**_LLAMA, "intermediate_size": 36, **special, **options})
+        case "tiny":
+            return transformers.LlamaConfig(**{**_LLAMA, **_TINY, **special, **options})
         case "mixtral":
             experts = {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
             return transformers.MixtralConfig(**{**_LLAMA, **experts, **special, **options})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,12 @@ def main() -> None:
     use_gloo_alone()
     torch.manual_seed(1)
     tokenizer = make_tokenizer(case.model)
-    model = make_model(case.model, case.config, tokenizer)
+    with zero_init(case) if case.born_partitioned else nullcontext():
+        model = make_model(case.model, case.config, tokenizer)
     model.config.dtype = DTYPES[case.precision]
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not name.startswith(case.frozen)
-    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    initial = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     write = {"engine": with_engine, "trainer": with_trainer, "safetensors": alone, "bin": alone}[case.writer]
     truth, facts = write(case, model, tokenizer)
     if truth:
@@ -62,17 +64,28 @@ def with_engine(
         batch = pad(tokenizer, rows[2 * step + rank :][:2])
         engine.backward(engine(**batch).loss)
         engine.step()
-    checkpoint = Path("checkpoint")
-    engine.save_checkpoint(str(checkpoint))
+    checkpoint, tag = Path("checkpoint"), f"global_step{case.steps}"
+    engine.save_checkpoint(str(checkpoint), exclude_frozen_parameters=case.without_frozen)
     if rank == 0:
         save_beside(case, model, tokenizer, checkpoint)
-    if case.without_optimizer and rank == 0:
-        for shard in checkpoint.glob("*/*_optim_states.pt"):
-            shard.unlink()
-    # safe_get_full_fp32_param looks in the wrong places after round_robin_gradients has reordered the parameters.
-    reordered = engine.zero_round_robin_gradients()
-    truth = live_weights(model, masters_by_memory(model, engine.optimizer) if reordered else None)
-    return (truth if rank == 0 else {}), {"tag": f"global_step{case.steps}", "step": case.steps}
+        if case.without_optimizer:
+            for shard in checkpoint.glob("*/*_optim_states.pt"):
+                shard.unlink()
+        if case.universal:
+            tag = convert_to_universal(checkpoint, tag)
+    truth = live_weights(model, known_masters(case, model, engine))
+    return (truth if rank == 0 else {}), {"tag": tag, "step": case.steps}
+
+
+def convert_to_universal(checkpoint: Path, tag: str) -> str:
+    """Runs DeepSpeed's ``ds_to_universal`` on the tag and keeps the result alone; returns the new tag."""
+    universal = f"{tag}_universal"
+    folders = ["--input_folder", str(checkpoint / tag), "--output_folder", str(checkpoint / universal)]
+    program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
+    subprocess.run(program, check=True)
+    shutil.rmtree(checkpoint / tag)
+    (checkpoint / "latest").unlink()
+    return universal
 
 
 def with_trainer(
@@ -150,7 +163,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": "auto" if by_trainer else 2,
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": "auto" if by_trainer else case.learning_rate, "torch_adam": True},
+            "params": {"lr": "auto" if by_trainer else case.learning_rate, **case.optimizer},
         },
         "zero_optimization": {"stage": case.zero_stage},
     }
@@ -165,6 +178,14 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     for section, options in case.deepspeed.items():
         config[section] = {**config.get(section, {}), **options}
     return config
+
+
+def zero_init(case: Case) -> AbstractContextManager[Any]:
+    """Where ZeRO-3 cuts a parameter into the ranks' pieces as soon as its module is built."""
+    import deepspeed
+
+    deepspeed.init_distributed()
+    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(case), dtype=DTYPES[case.precision])
 
 
 def use_gloo_alone() -> None:
@@ -197,15 +218,13 @@ def live_weights(model: PreTrainedModel, masters: dict[str, torch.Tensor] | None
 
     All ranks must call it: under ZeRO a master is gathered from all of them. ``masters`` are known ones.
     """
-    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, live in model.state_dict(keep_vars=True).items():
         parameter = parameters.get(name)
-        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else nullcontext():
-            value = live.detach().clone()
+        value = whole(live)
         if parameter is not None and parameter.requires_grad:
             master = masters[name] if masters else safe_get_full_fp32_param(parameter)
             master = master.detach().clone().view(value.shape)
@@ -214,6 +233,35 @@ def live_weights(model: PreTrainedModel, masters: dict[str, torch.Tensor] | None
             value = master
         weights[name] = value.contiguous()
     return weights
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the live tensor, gathered from all ranks where it is in pieces: all of them must call it."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([tensor]) if hasattr(tensor, "ds_id") else nullcontext():
+        return tensor.detach().clone()
+
+
+def known_masters(case: Case, model: PreTrainedModel, engine: Any) -> dict[str, torch.Tensor] | None:
+    """The masters that ``safe_get_full_fp32_param`` cannot find: without ZeRO, and where it looks in the wrong places
+    after round_robin_gradients has reordered the parameters."""
+    if case.zero_stage == 0:
+        return masters_by_order(model, engine.optimizer) if case.precision != "fp32" else model.state_dict()
+    return masters_by_memory(model, engine.optimizer) if engine.zero_round_robin_gradients() else None
+
+
+def masters_by_order(model: PreTrainedModel, optimizer: Any) -> dict[str, torch.Tensor]:
+    """The fp32 masters of training without ZeRO: each beside its 16-bit parameter, or in its place in a flat group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    masters = {}
+    for index, group in enumerate(optimizer.fp16_groups):
+        if hasattr(optimizer, "fp32_groups_flat"):
+            parts = optimizer.fp32_groups_flat[index].split([parameter.numel() for parameter in group])
+        else:
+            parts = optimizer.fp32_groups[index]
+        masters |= {names[parameter]: part for parameter, part in zip(group, parts, strict=True)}
+    return masters | {alias: masters[name] for alias, name in tied_aliases(model).items()}
 
 
 def masters_by_memory(model: PreTrainedModel, optimizer: Any) -> dict[str, torch.Tensor]:
@@ -260,7 +308,7 @@ def write_truth(case: Case, model: PreTrainedModel, truth: dict[str, torch.Tenso
     """Writes ``truth.safetensors`` and ``case.json``; for a mixture of experts also the logits of a fixed input."""
     save_file(truth, "truth.safetensors")
     description = {
-        "format": "pretrained" if case.zero_stage is None else "zero16" if case.without_optimizer else "zero",
+        "format": format_of(case),
         "model_class": type(model).__name__,
         "zero_stage": case.zero_stage,
         "world_size": case.world_size,
@@ -274,6 +322,15 @@ def write_truth(case: Case, model: PreTrainedModel, truth: dict[str, torch.Tenso
     Path("case.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     if case.model == "mixtral":
         write_logits(case, truth)
+
+
+def format_of(case: Case) -> str:
+    """What the checkpoint is called: zero16 where there are no optimizer shards."""
+    if case.zero_stage is None:
+        return "pretrained"
+    if case.universal:
+        return "universal"
+    return "zero16" if case.without_optimizer or case.zero_stage == 0 else "zero"
 
 
 def tied_aliases(model: PreTrainedModel) -> dict[str, str]:
