@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 8 * 1024 * 1024
 """The most bytes that are read at once."""
 
+SAMPLE_ELEMENTS = 4096
+"""The most elements by which :func:`start_alike` compares."""
+
 
 class DType(enum.Enum):
     """A tensor's element type: the member's name is safetensors', its value torch's."""
@@ -321,3 +324,25 @@ class SourceFiles:
                     "The file was cut short while it was read: copy it again.",
                 )
             done += count
+
+
+def start_alike(master: LazyTensor, copy: LazyTensor) -> bool:
+    """Whether the first elements of ``master``, cast to the dtype of ``copy``, are bit for bit those of ``copy``.
+
+    As many are compared as both have, at most :data:`SAMPLE_ELEMENTS`.
+    """
+    import torch
+
+    count = min(master.numel, copy.numel, SAMPLE_ELEMENTS)
+    first, second = _first(master, count).to(copy.dtype.torch), _first(copy, count)
+    return bool(torch.equal(first.view(torch.uint8), second.view(torch.uint8)))
+
+
+def _first(tensor: LazyTensor, count: int) -> torch.Tensor:
+    """The first ``count`` elements."""
+    import torch
+
+    part = tensor.slice(0, (count,)) if isinstance(tensor, StoredTensor) else tensor
+    with SourceFiles() as files:
+        blocks = [block.clone() for block in itertools.islice(part.blocks(files), count)]
+    return torch.cat(blocks)[:count] if blocks else torch.empty(0, dtype=tensor.dtype.torch)

@@ -45,7 +45,9 @@ class Case:
         return Path(shutil.copytree(self.checkpoint, place / "checkpoint"))
 
 
-ALL_CASES = [Case(path.parent.name) for path in sorted(CHECKPOINTS.glob("*/case.json"))]
+CASES = [Case(path.parent.name) for path in sorted(CHECKPOINTS.glob("*/case.json"))]
+ALL_CASES = [case for case in CASES if not case.facts["case"].get("without_frozen")]
+"""The cases that can be exported: of the others a part was left out of the save."""
 ZERO_CASES = [case for case in ALL_CASES if case.facts["format"] == "zero"]
 
 

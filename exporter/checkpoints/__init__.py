@@ -14,6 +14,7 @@ from pathlib import Path
 from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
 from exporter.checkpoints.folder import require_inside
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
+from exporter.checkpoints.universal import is_universal, open_universal, universal_tags
 from exporter.checkpoints.zero import is_tag, is_zero, open_zero
 from exporter.errors import CheckpointError, IncompleteCheckpointError, UsageError
 
@@ -21,6 +22,7 @@ __all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
 
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
     (is_zero, open_zero),
+    (is_universal, open_universal),
     (is_pretrained, open_pretrained),
 )
 
@@ -73,6 +75,8 @@ def _open_newest(runs: list[Path], tag: str | None) -> Checkpoint:
 
 
 def _open_folder(folder: Path, tag: str | None) -> Checkpoint:
+    if tag in universal_tags(folder):
+        return open_universal(folder, tag)
     for is_format, open_format in _FORMATS:
         if is_format(folder):
             return open_format(folder, tag)

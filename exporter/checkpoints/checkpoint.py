@@ -19,7 +19,8 @@ class Checkpoint:
 
     ``model`` are the model's own weights (for DeepSpeed its 16-bit copy), ``master`` the optimizer's fp32 ones; each
     maps names to lazy tensors and is None where the checkpoint has none. ``aliases`` maps a tied name to the name that
-    is stored. ``folder`` holds config.json and the tokenizer.
+    is stored. ``folder`` holds config.json and the tokenizer. ``is_trained_alone`` says that the save holds no frozen
+    parameter: what it lacks was left out of it.
     """
 
     format: str
@@ -33,6 +34,7 @@ class Checkpoint:
     step: int | None = None
     deepspeed_config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    is_trained_alone: bool = False
 
     def choose(self, weights: WeightsChoice, is_exact: Callable[[str, DType], bool]) -> Literal["master", "model"]:
         """Which of the two sets of weights an export reads.

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO folders: stages 1, 2 and 3 from their partitions, and model states without optimizer shards.
+"""DeepSpeed folders: ZeRO stages 1, 2 and 3 from their partitions, and model states without optimizer shards.
 
 Where the layout comes from: DeepSpeed 0.19.8 (``deepspeed/utils/zero_to_fp32.py``, ``runtime/zero/stage_1_and_2.py``,
 ``runtime/zero/stage3.py``), checked against the weights of live engines. Neither deepspeed nor its classes are needed.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from exporter.checkpoints.checkpoint import Checkpoint
 from exporter.checkpoints.folder import is_name, regular_size
 from exporter.checkpoints.pretrained import is_pretrained, read_pretrained
+from exporter.checkpoints.stage0 import has_masters, name_masters
 from exporter.checkpoints.torch_file import Stub, read_torch_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTensor, Vector
@@ -31,7 +32,7 @@ _UNSUPPORTED = (
 
 def is_zero(folder: Path) -> bool:
     """Whether ``folder`` is where ``engine.save_checkpoint`` wrote."""
-    return (folder / "latest").exists() or bool(_tags(folder))
+    return (folder / "latest").exists() or bool(list_tags(folder))
 
 
 def is_tag(folder: Path) -> bool:
@@ -47,36 +48,76 @@ def open_zero(folder: Path, tag: str | None) -> Checkpoint:
         RefusedError: the checkpoint is of a kind that cannot be exported.
         UsageError: there is no such tag.
     """
-    name, notes = _choose_tag(folder, tag)
+    name, notes = choose_tag(folder, tag)
     files = _list_files(folder / name)
-    states = [_read_model_states(path) for path in files.model_states]
-    _check_agreement(states)
+    states = _read_ranks(files.model_states)
     shards = [_read_optimizer_shard(path) for path in files.optimizer_shards]
-    first = states[0].value
-    checkpoint = Checkpoint(
-        format="zero" if shards else "zero16",
+    checkpoint = replace(_from_model_states(folder, name, states), notes=notes)
+    if not shards:
+        return _without_shards(checkpoint, states)
+    return replace(
+        checkpoint,
+        format="zero",
+        master=_master_weights(states, shards),
+        zero_stage=_stage(shards[0]),
+        world_size=len(shards),
+    )
+
+
+def _read_ranks(paths: Sequence[Path]) -> list[_StateFile]:
+    states = [_read_model_states(path) for path in paths]
+    _check_agreement(states)
+    return states
+
+
+def _from_model_states(folder: Path, name: str, states: Sequence[_StateFile]) -> Checkpoint:
+    """The checkpoint as its model states tell it, without masters."""
+    config = states[0].value.get("ds_config")
+    return Checkpoint(
+        format="zero16",
         folder=folder,
         model=_model_weights(folder, states),
-        master=_master_weights(states, shards) if shards else None,
         aliases=_aliases(states[0]),
-        zero_stage=_stage(shards[0]) if shards else 0,
-        world_size=len(shards) or states[0].count("dp_world_size") or 1,
+        zero_stage=0,
+        world_size=states[0].count("dp_world_size") or 1,
         tag=name,
         step=states[0].count("global_steps"),
-        deepspeed_config=config if isinstance(config := first.get("ds_config"), dict) else None,
-        notes=notes,
+        deepspeed_config=config if isinstance(config, dict) else None,
+        is_trained_alone=_is_trained_alone(states[0]),
     )
-    if checkpoint.model is None and checkpoint.master is None:
+
+
+def _without_shards(checkpoint: Checkpoint, states: Sequence[_StateFile]) -> Checkpoint:
+    """Model states alone: of training without ZeRO, which keeps its masters in them, or with the shards left out."""
+    if checkpoint.model is None:
         raise IncompleteCheckpointError(
-            f"{name} holds ZeRO-3 model states but no optimizer shard, so no weights.",
+            f"{checkpoint.tag} holds ZeRO-3 model states but no optimizer shard, so no weights.",
             "Copy the *_optim_states.pt files of every rank beside them.",
         )
-    return checkpoint
+    optimizer = states[0].value.get("optimizer")
+    if not has_masters(optimizer):
+        return checkpoint
+    buffers = _buffers(states[0])
+    trained = {name: tensor for name, tensor in checkpoint.model.items() if name not in buffers}
+    masters = name_masters(trained, optimizer)
+    if masters is None:
+        note = "The fp32 master weights have no names and do not fit the model one by one: its own copy is exported."
+        return replace(checkpoint, notes=(*checkpoint.notes, note))
+    return replace(checkpoint, master=masters | buffers)
 
 
-def _tags(folder: Path) -> list[str]:
-    """The sub-folders that hold model states, oldest step first."""
-    tags = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink() and is_tag(entry)]
+def is_universal_tag(folder: Path) -> bool:
+    """Whether ``folder`` is where ``ds_to_universal`` wrote: model states beside a folder of one parameter each."""
+    return (folder / "zero").is_dir() and is_tag(folder)
+
+
+def _is_zero_tag(folder: Path) -> bool:
+    return is_tag(folder) and not is_universal_tag(folder)
+
+
+def list_tags(folder: Path, is_kind: Callable[[Path], bool] = _is_zero_tag) -> list[str]:
+    """The sub-folders of one kind, oldest step first."""
+    tags = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink() and is_kind(entry)]
     return sorted(tags, key=lambda tag: (_step_of(tag), tag))
 
 
@@ -85,41 +126,48 @@ def _step_of(tag: str) -> int:
     return int(digits[1]) if digits else -1
 
 
-def _choose_tag(folder: Path, wanted: str | None) -> tuple[str, tuple[str, ...]]:
-    """The tag to read, and notes for the user."""
-    tags = _tags(folder)
+def choose_tag(
+    folder: Path, wanted: str | None, latest: str = "latest", is_kind: Callable[[Path], bool] = _is_zero_tag
+) -> tuple[str, tuple[str, ...]]:
+    """The tag to read, of one kind, and notes for the user; the file ``latest`` names it where ``wanted`` does not.
+
+    Raises:
+        UsageError: there is no such tag.
+        CheckpointError: nothing says which tag is meant.
+    """
+    tags = list_tags(folder, is_kind)
     if wanted is not None:
         if wanted not in tags:
             raise UsageError(
                 f"There is no tag {wanted!r} in the checkpoint.", f"Tags there: {', '.join(tags) or 'none'}."
             )
         return wanted, ()
-    if not (folder / "latest").exists():
+    if not (folder / latest).exists():
         if len(tags) == 1:
-            return tags[0], (f"There is no file latest; {tags[0]} is the only tag.",)
+            return tags[0], (f"There is no file {latest}; {tags[0]} is the only tag.",)
         raise IncompleteCheckpointError(
-            f"There is no file latest, and {len(tags)} tags: {', '.join(tags)}.", "Choose one with --tag."
+            f"There is no file {latest}, and {len(tags)} tags: {', '.join(tags)}.", "Choose one with --tag."
         )
-    tag = _read_latest(folder / "latest")
+    tag = _read_latest(folder / latest)
     if tag not in tags:
         raise IncompleteCheckpointError(
-            f"latest names the tag {tag!r}, but there is no folder of that name with model states.",
+            f"{latest} names the tag {tag!r}, but there is no folder of that name with model states.",
             f"Choose one with --tag; tags there: {', '.join(tags) or 'none'}.",
         )
     newer = [other for other in tags if _step_of(other) > _step_of(tag) >= 0]
-    return tag, tuple(f"latest names {tag}; {other} is newer and is not exported." for other in newer)
+    return tag, tuple(f"{latest} names {tag}; {other} is newer and is not exported." for other in newer)
 
 
 def _read_latest(path: Path) -> str:
     if regular_size(path) > 4096:
-        raise CheckpointError("latest is too long to be the name of a tag.", "Choose a tag with --tag.")
+        raise CheckpointError(f"{path.name} is too long to be the name of a tag.", "Choose a tag with --tag.")
     try:
         tag = path.read_bytes().decode().strip()
     except UnicodeDecodeError:
         tag = ""
     if not tag or not tag.isprintable() or tag in (".", "..") or "/" in tag or "\\" in tag:
         raise CheckpointError(
-            f"latest holds {tag!r}, expected the name of a folder beside it.", "Choose one with --tag."
+            f"{path.name} holds {tag!r}, expected the name of a folder beside it.", "Choose one with --tag."
         )
     return tag
 
@@ -295,12 +343,74 @@ def _brief(value: Any) -> str:
 
 def _model_weights(folder: Path, states: Sequence[_StateFile]) -> Mapping[str, LazyTensor] | None:
     """The model's own copy: ``module``, or for ZeRO-3 the gathered weights beside the tag where there are any."""
-    module = states[0].tensors("module")
-    shared = _aliases(states[0])
-    trained = states[0].trained()
-    if any(module[name].numel == 0 != math.prod(shape) for name, shape in trained.items() if name in module):
+    if _is_partitioned(states[0]):
         return read_pretrained(folder) if is_pretrained(folder) else None
+    module, shared = states[0].tensors("module"), _aliases(states[0])
     return {name: tensor for name, tensor in module.items() if module.get(shared.get(name, "")) != tensor}
+
+
+def _is_partitioned(state: _StateFile) -> bool:
+    """Whether the ``module`` of ZeRO-3 stands for parameters by empty tensors."""
+    module = state.tensors("module")
+    return any(module[name].numel == 0 != math.prod(shape) for name, shape in state.trained().items() if name in module)
+
+
+def _is_trained_alone(state: _StateFile) -> bool:
+    """Whether the save holds trained parameters and buffers alone; without ZeRO nothing says which are trained."""
+    trained, frozen = state.trained(), state.shapes("frozen_param_shapes")
+    others = state.tensors("module").keys() - trained.keys() - _buffers(state).keys() - _aliases(state).keys()
+    return bool(trained) and not others and not any(frozen)
+
+
+# A universal checkpoint: what ds_to_universal leaves beside the parameters
+
+
+@dataclass(frozen=True)
+class ConvertedStates:
+    """The model states of a universal tag: the checkpoint without masters, the shapes of the parameters that have one,
+    and the tensors that have none."""
+
+    checkpoint: Checkpoint
+    trained: Mapping[str, tuple[int, ...]]
+    untrained: Mapping[str, LazyTensor]
+
+
+def read_converted_states(folder: Path, name: str) -> ConvertedStates:
+    """The model states of the universal tag ``name``, which are copies of those that were converted.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, from another rank, step or run, or unsafe to read.
+        RefusedError: the checkpoint is of a kind that cannot be exported.
+    """
+    states = _read_ranks(_list_files(folder / name).model_states)
+    if _is_partitioned(states[0]):
+        untrained = _stage3_frozen(states) | _buffers(states[0])
+    else:
+        untrained = _untrained(states[0]) | _stage12_frozen(states[0])
+    return ConvertedStates(_from_model_states(folder, name, states), states[0].trained(), untrained)
+
+
+def read_first_pieces(
+    path: Path, trained: Mapping[str, tuple[int, ...]]
+) -> tuple[int, int | None, dict[str, LazyTensor]]:
+    """Stage and ranks of what was converted, and of ZeRO-3 rank 0's piece of each parameter, as ``path`` keeps them.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or unsafe to read, or is not what ds_to_universal writes.
+    """
+    file = _read_state_file(path)
+    stage, count = _stage(file), _partition_count(file)
+    if stage < 3:
+        return stage, count, {}
+    vector = Vector(tuple(extent for part in _partitions(file, "fp32_flat_groups") for extent in part.extents))
+    pieces: dict[str, LazyTensor] = {}
+    position = 0
+    for name, shape in trained.items():
+        piece = math.ceil(math.prod(shape) / (count or 1))
+        pieces[name] = StoredTensor((piece,), _dtype(vector), vector.cut(position, position + piece))
+        position += piece
+    _check_total([file], "all parameter groups", vector, position, slack=0)
+    return stage, count, pieces
 
 
 # Master weights: the fp32 partitions of the optimizer
