@@ -10,6 +10,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -283,14 +284,19 @@ def plan_weights(
     architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
     target = _TARGETS[options.dtype]
     chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
-    matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
-    notes = list(architecture.notes)
+    match = partial(
+        account,
+        tensors=checkpoint.weights(chosen),
+        aliases=checkpoint.aliases,
+        is_trained_alone=checkpoint.is_trained_alone,
+    )
+    matched, notes = match(architecture), list(architecture.notes)
     try:
         require_equal(matched.tied_values, matched.weights)
     except RefusedError as refusal:
         config = untied(config)
         architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
-        matched = account(architecture, checkpoint.weights(chosen), checkpoint.aliases)
+        matched = match(architecture)
         require_equal(matched.tied_values, matched.weights)
         notes.append(f"{refusal.message} Both are exported, with tie_word_embeddings false.")
     weights, rows = grow(architecture, matched.weights, vocabulary, config, code, options.trust_remote_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from exporter.architecture.expectations import Architecture
@@ -31,11 +31,18 @@ class Account:
     tied_values: Mapping[str, tuple[LazyTensor, str]]
 
 
-def account(architecture: Architecture, tensors: Mapping[str, LazyTensor], aliases: Mapping[str, str]) -> Account:
+def account(
+    architecture: Architecture,
+    tensors: Mapping[str, LazyTensor],
+    aliases: Mapping[str, str],
+    *,
+    is_trained_alone: bool = False,
+) -> Account:
     """Match the checkpoint's ``tensors`` with what the architecture expects, name by name and shape by shape.
 
     Their names may be those in memory or those in files, now or formerly, of this class or of its base model, and
-    wrapped. ``aliases`` are the checkpoint's own ties: names that are stored under another.
+    wrapped. ``aliases`` are the checkpoint's own ties: names that are stored under another. Where the save
+    ``is_trained_alone``, what is missing was frozen.
 
     Raises:
         CheckpointError: a tensor is missing, left over or of another shape.
@@ -44,6 +51,11 @@ def account(architecture: Architecture, tensors: Mapping[str, LazyTensor], alias
     full = dict(tensors) | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
     readings = (_Reading.of(architecture, renamed) for renamed in _renamings(architecture, full))
     best = min(readings, key=lambda reading: reading.faults)
+    if is_trained_alone and len(best.missing) == best.faults > 0:
+        raise CheckpointError(
+            f"Frozen parameters of {architecture.class_name} were left out of the save: {_listed(best.missing)}.",
+            "Save the checkpoint with its frozen parameters (exclude_frozen_parameters=False).",
+        )
     _require_complete(architecture, best)
     return _settle(architecture, best)
 
@@ -175,16 +187,16 @@ def _may_miss(architecture: Architecture, name: str, in_memory: bool) -> bool:
 
 def _require_complete(architecture: Architecture, reading: _Reading) -> None:
     kinds = (("missing", reading.missing), ("unexpected", reading.unexpected), ("of another shape", reading.misshapen))
-    faults = [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for kind, names in kinds
-        if names
-    ]
+    faults = [f"{len(names)} {kind} ({_listed(names)})" for kind, names in kinds if names]
     if faults:
         raise CheckpointError(
             f"The weights are not those of {architecture.class_name}: {'; '.join(faults)}.",
             "Check that config.json belongs to these weights and that the checkpoint is whole.",
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def _settle(architecture: Architecture, reading: _Reading) -> Account:
