@@ -448,6 +448,25 @@ def test_a_tag_may_have_the_name_of_a_trainers_checkpoint(tmp_path: Path) -> Non
     assert open_checkpoint(tmp_path / "run").tag == "checkpoint-1"
 
 
+@pytest.mark.parametrize("name", ["tiny-zero2-without-frozen", "tiny-zero3-without-frozen"])
+def test_frozen_parameters_that_were_left_out_of_the_save_are_called_so(
+    name: str, export: Callable[..., tuple[Path, dict[str, Any]]]
+) -> None:
+    for weights in ("auto", "master"):
+        with pytest.raises(CheckpointError, match="were left out of the save: .*embed_tokens") as caught:
+            export(Case(name).checkpoint, weights=weights, prompt_format="none")
+        assert "exclude_frozen_parameters=False" in caught.value.hint
+
+
+def test_a_save_without_frozen_parameters_of_a_model_that_has_none_is_whole(
+    tmp_path: Path, export: Callable[..., tuple[Path, dict[str, Any]]]
+) -> None:
+    """exclude_frozen_parameters writes no frozen_param_shapes, here of a model that is trained as a whole."""
+    changed = set_model(frozen_param_shapes=None, frozen_param_fragments=None)
+    _, report = export(damaged(ZERO3, tmp_path / "copy", changed), prompt_format="none")
+    assert report["tensors"]["written"] == len(ZERO3.truth)
+
+
 # Which tag is meant
 
 

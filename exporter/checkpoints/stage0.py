@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from exporter.checksums import check_members
 from exporter.tensors import DType, LazyTensor, StoredTensor, Vector, start_alike
 
 Shape = tuple[int, ...]
@@ -28,8 +29,19 @@ def name_masters(parameters: Mapping[str, LazyTensor], optimizer: Mapping[str, A
 
     A group's masters come in the order of the parameters. Each must have its parameter's shape and, cast, the bits that
     the copy starts with; no other group's next master may fit as well; and none may be left over.
+
+    Raises:
+        CheckpointError: they do not fit because they are damaged.
     """
     groups = _groups(optimizer)
+    masters = _match(parameters, groups)
+    if masters is None:
+        members = {extent.member for group in groups for extent in group.vector.extents}
+        check_members({member: () for member in members if member is not None and member.crc32 is not None})
+    return masters
+
+
+def _match(parameters: Mapping[str, LazyTensor], groups: Sequence[_Group]) -> dict[str, LazyTensor] | None:
     masters: dict[str, LazyTensor] = {}
     seen: dict[LazyTensor, str] = {}
     for name, copy in parameters.items():

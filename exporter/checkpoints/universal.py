@@ -15,13 +15,7 @@ from pathlib import Path
 
 from exporter.checkpoints.checkpoint import Checkpoint
 from exporter.checkpoints.torch_file import read_torch_file
-from exporter.checkpoints.zero import (
-    choose_tag,
-    is_universal_tag,
-    list_tags,
-    read_converted_states,
-    read_first_pieces,
-)
+from exporter.checkpoints.zero import choose_tag, is_universal_tag, list_tags, read_converted
 from exporter.errors import CheckpointError, IncompleteCheckpointError
 from exporter.tensors import LazyTensor, StoredTensor, start_alike
 
@@ -47,20 +41,12 @@ def open_universal(folder: Path, tag: str | None) -> Checkpoint:
         UsageError: there is no such tag.
     """
     chosen, notes = choose_tag(folder, tag, _LATEST, is_universal_tag)
-    states = read_converted_states(folder, chosen)
+    converted = read_converted(folder, chosen)
     place = folder / chosen / "zero"
-    stage, ranks, pieces = read_first_pieces(place / "optimizer_state.pt", states.trained)
-    folders = _parameter_folders(place, {*states.trained, *states.untrained, *states.checkpoint.aliases})
-    masters = {name: _read_parameter(place, name, shape, folders) for name, shape in states.trained.items()}
-    _check_pieces(place, masters, pieces)
-    return replace(
-        states.checkpoint,
-        format="universal",
-        master=dict(states.untrained) | masters,
-        zero_stage=stage,
-        world_size=ranks or states.checkpoint.world_size,
-        notes=notes,
-    )
+    folders = _parameter_folders(place, {*converted.trained, *converted.untrained, *converted.checkpoint.aliases})
+    masters = {name: _read_parameter(place, name, shape, folders) for name, shape in converted.trained.items()}
+    _check_pieces(place, masters, converted.pieces)
+    return replace(converted.checkpoint, format="universal", master={**converted.untrained, **masters}, notes=notes)
 
 
 def _parameter_folders(place: Path, known: set[str]) -> set[str]:

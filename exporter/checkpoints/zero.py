@@ -366,51 +366,55 @@ def _is_trained_alone(state: _StateFile) -> bool:
 
 
 @dataclass(frozen=True)
-class ConvertedStates:
-    """The model states of a universal tag: the checkpoint without masters, the shapes of the parameters that have one,
-    and the tensors that have none."""
+class Converted:
+    """A universal tag without its parameters: the checkpoint without masters, the shapes of the parameters that have
+    one, the tensors that have none, and of ZeRO-3 rank 0's piece of each parameter."""
 
     checkpoint: Checkpoint
     trained: Mapping[str, tuple[int, ...]]
     untrained: Mapping[str, LazyTensor]
+    pieces: Mapping[str, LazyTensor]
 
 
-def read_converted_states(folder: Path, name: str) -> ConvertedStates:
-    """The model states of the universal tag ``name``, which are copies of those that were converted.
+def read_converted(folder: Path, name: str) -> Converted:
+    """What the universal tag ``name`` holds besides parameters: model states, and the rest of rank 0's shard.
 
     Raises:
         CheckpointError: a file is missing, damaged, from another rank, step or run, or unsafe to read.
         RefusedError: the checkpoint is of a kind that cannot be exported.
     """
     states = _read_ranks(_list_files(folder / name).model_states)
-    if _is_partitioned(states[0]):
+    shard = _read_state_file(folder / name / "zero" / "optimizer_state.pt")
+    stage, ranks = _stage(shard), _partition_count(shard) or len(states)
+    if (stage == 3) is not _is_partitioned(states[0]):
+        raise CheckpointError(
+            f"{shard.name} is of ZeRO-{stage}, the model states are not.", "Convert the checkpoint again."
+        )
+    if stage == 3 and len(states) != ranks:
+        raise IncompleteCheckpointError(
+            f"There are the model states of {len(states)} ranks, but {ranks} were converted.",
+            "Copy the model states of every rank.",
+        )
+    if stage == 3:
         untrained = _stage3_frozen(states) | _buffers(states[0])
     else:
         untrained = _untrained(states[0]) | _stage12_frozen(states[0])
-    return ConvertedStates(_from_model_states(folder, name, states), states[0].trained(), untrained)
+    checkpoint = replace(_from_model_states(folder, name, states), zero_stage=stage, world_size=ranks)
+    trained = states[0].trained()
+    return Converted(checkpoint, trained, untrained, _first_pieces(shard, trained, ranks) if stage == 3 else {})
 
 
-def read_first_pieces(
-    path: Path, trained: Mapping[str, tuple[int, ...]]
-) -> tuple[int, int | None, dict[str, LazyTensor]]:
-    """Stage and ranks of what was converted, and of ZeRO-3 rank 0's piece of each parameter, as ``path`` keeps them.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or unsafe to read, or is not what ds_to_universal writes.
-    """
-    file = _read_state_file(path)
-    stage, count = _stage(file), _partition_count(file)
-    if stage < 3:
-        return stage, count, {}
-    vector = Vector(tuple(extent for part in _partitions(file, "fp32_flat_groups") for extent in part.extents))
+def _first_pieces(shard: _StateFile, trained: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, LazyTensor]:
+    """The start of each ZeRO-3 parameter, of which ``shard`` is rank 0's."""
+    vector = Vector(tuple(extent for part in _partitions(shard, "fp32_flat_groups") for extent in part.extents))
     pieces: dict[str, LazyTensor] = {}
     position = 0
     for name, shape in trained.items():
-        piece = math.ceil(math.prod(shape) / (count or 1))
-        pieces[name] = StoredTensor((piece,), _dtype(vector), vector.cut(position, position + piece))
-        position += piece
-    _check_total([file], "all parameter groups", vector, position, slack=0)
-    return stage, count, pieces
+        numel = math.ceil(math.prod(shape) / ranks)
+        pieces[name] = StoredTensor((numel,), _dtype(vector), vector.cut(position, position + numel))
+        position += numel
+    _check_total([shard], "all parameter groups", vector, position, slack=0)
+    return pieces
 
 
 # Master weights: the fp32 partitions of the optimizer

@@ -15,6 +15,7 @@ class Case:
     ``config`` over the model's; ``optimizer`` goes to AdamW besides the learning rate. ``frozen`` lists prefixes of
     parameter names that are not trained, and not in the save where it is ``without_frozen``. A model that is
     ``born_partitioned`` is built under ``zero.Init``. A ``universal`` checkpoint is made of the one that was saved.
+    ``version`` is DeepSpeed's.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     without_frozen: bool = False
     born_partitioned: bool = False
     universal: bool = False
+    version: str = "0.19.8"
 
 
 def _zero(**options: Any) -> dict[str, Any]:
@@ -91,6 +93,8 @@ _CASES = [
     Case("tiny-zero3-init", "tiny", zero_stage=3, born_partitioned=True),
     Case("tiny-zero2-without-frozen", "tiny", zero_stage=2, frozen=("model.embed_tokens.",), without_frozen=True),
     Case("tiny-zero3-without-frozen", "tiny", zero_stage=3, frozen=("model.embed_tokens.",), without_frozen=True),
+    Case("tiny-zero2-deepspeed-0.14", "tiny", zero_stage=2, version="0.14.5"),
+    Case("tiny-zero3-deepspeed-0.16", "tiny", zero_stage=3, version="0.16.9"),
     Case("tiny-universal-zero2", "tiny", zero_stage=2, frozen=("lm_head.",), universal=True),
     Case("tiny-universal-zero3", "tiny", zero_stage=3, world_size=3, frozen=("lm_head.",), universal=True),
 ]

@@ -1,4 +1,8 @@
-"""Makes the checkpoints in this folder: ``python make_checkpoints.py [CASE ...]``, all of them if none is named."""
+"""Makes the checkpoints in this folder: ``python make_checkpoints.py [CASE ...]``.
+
+If none is named, all that the installed version of DeepSpeed writes. To make one of another version, name it, with the
+unpacked source of that version in PYTHONPATH.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from cases import CASES, Case
@@ -15,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(CASES)
+    names = sys.argv[1:] or [name for name, case in CASES.items() if case.version == version("deepspeed")]
     for name in names:
         make(CASES[name])
         print(f"{name}: {size(HERE / name)} bytes", flush=True)

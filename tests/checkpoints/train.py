@@ -51,6 +51,8 @@ def with_engine(
     """Trains with DeepSpeed's own engine, with a parameter group with weight decay and one without."""
     import deepspeed
 
+    if not deepspeed.__version__.startswith(case.version):
+        raise RuntimeError(f"{case.name} is made with DeepSpeed {case.version}, not {deepspeed.__version__}")
     allow_fp16()
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -246,8 +248,10 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def known_masters(case: Case, model: PreTrainedModel, engine: Any) -> dict[str, torch.Tensor] | None:
     """The masters that ``safe_get_full_fp32_param`` cannot find: without ZeRO, and where it looks in the wrong places
     after round_robin_gradients has reordered the parameters."""
-    if case.zero_stage == 0:
-        return masters_by_order(model, engine.optimizer) if case.precision != "fp32" else model.state_dict()
+    if case.zero_stage == 0 and case.precision == "fp32":
+        return model.state_dict()
+    if hasattr(engine.optimizer, "fp16_groups") and case.zero_stage == 0:
+        return masters_by_order(model, engine.optimizer)
     return masters_by_memory(model, engine.optimizer) if engine.zero_round_robin_gradients() else None
 
 
