@@ -453,7 +453,7 @@ def test_frozen_parameters_that_were_left_out_of_the_save_are_called_so(
     name: str, export: Callable[..., tuple[Path, dict[str, Any]]]
 ) -> None:
     for weights in ("auto", "master"):
-        with pytest.raises(CheckpointError, match="were left out of the save: .*embed_tokens") as caught:
+        with pytest.raises(CheckpointError, match=r"were left out of the save: .*embed_tokens") as caught:
             export(Case(name).checkpoint, weights=weights, prompt_format="none")
         assert "exclude_frozen_parameters=False" in caught.value.hint
 
