@@ -19,6 +19,7 @@ from tests.test_zero import assert_master_is_true, edit, load, save_again, swap
 ZERO2, ZERO3 = Case("tiny-universal-zero2"), Case("tiny-universal-zero3")
 TAG = "global_step4_universal"
 QUERY, KEY, VALUE = (f"model.layers.0.self_attn.{letter}_proj.weight" for letter in "qkv")
+UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 RANK1 = "zero_pp_rank_1_mp_rank_00_model_states.pt"
 Export = Callable[..., tuple[Path, dict[str, Any]]]
 
@@ -81,8 +82,8 @@ REFUSED: list[tuple[str, Case, Callable[[Path], Any], str]] = [
     (
         "another shape",
         ZERO2,
-        lambda tag: shutil.copy(parameter(tag, QUERY), parameter(tag, KEY)),
-        r"32 \[4, 4\], expected",
+        lambda tag: shutil.copy(parameter(tag, DOWN), parameter(tag, UP)),
+        r"32 \[4, 20\], expected \[20, 4\]",
     ),
     ("another size", ZERO3, lambda tag: shutil.copy(parameter(tag, QUERY), parameter(tag, KEY)), r"\[16\], expected"),
     ("a parameter of integers", ZERO3, set_parameter(KEY, torch.ones(8, dtype=torch.int32)), "int32"),
