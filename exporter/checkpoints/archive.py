@@ -54,16 +54,30 @@ class _Entry:
     crc32: int
 
 
-def read_archive(path: Path, file: BinaryIO, size: int) -> Archive:
-    """The members of the archive ``path``, open as ``file``, of ``size`` bytes.
+@dataclass(frozen=True)
+class Region:
+    """``nbytes`` bytes of an open file from byte ``offset`` on."""
+
+    file: BinaryIO
+    offset: int
+    nbytes: int
+
+    def read(self, length: int, position: int = 0) -> bytes:
+        """At most ``length`` bytes from byte ``position`` of the region on, as if the file ended with the region."""
+        length = min(length, max(self.nbytes - position, 0))
+        return os.pread(self.file.fileno(), length, self.offset + position) if length else b""
+
+
+def read_archive(path: Path, region: Region) -> Archive:
+    """The members of the archive that ``region`` of the file ``path`` holds, at their places in that file.
 
     A member's crc32 is None where all are zero: torch.save then wrote no checksums.
 
     Raises:
         CheckpointError: the archive is damaged, or holds what torch.save never writes.
     """
-    start, stop, count = _find_directory(path, file, size)
-    entries = sorted(_entries(path, _pread(path, file, stop - start, start), count), key=lambda entry: entry.offset)
+    start, stop, count = _find_directory(path, region)
+    entries = sorted(_entries(path, _pread(path, region, stop - start, start), count), key=lambda entry: entry.offset)
     if not entries or entries[0].offset != 0:
         damaged(path, "its first member does not lie at its start")
     _refuse_program(path, entries)
@@ -75,26 +89,26 @@ def read_archive(path: Path, file: BinaryIO, size: int) -> Archive:
         _check_plain(path, entry, name)
         if name in members:
             damaged(path, f"it has two members {name!r:.100}")
-        offset = _data_offset(path, file, entry)
+        offset = _data_offset(path, region, entry)
         end = offset + entry.nbytes
         if end > limit:
             damaged(path, f"its member {name!r:.100} ends at byte {end}, where another begins at byte {limit}")
-        members[name] = Member(path, offset, entry.nbytes, entry.crc32 if has_checksums else None)
+        members[name] = Member(path, region.offset + offset, entry.nbytes, entry.crc32 if has_checksums else None)
     return Archive(_decode(path, root), members)
 
 
-def _find_directory(path: Path, file: BinaryIO, size: int) -> tuple[int, int, int]:
+def _find_directory(path: Path, region: Region) -> tuple[int, int, int]:
     """The directory's first byte, the byte after its last, and its number of entries."""
-    end = size - _END.size
+    end = region.nbytes - _END.size
     if end < 0:
-        damaged(path, f"it has {size} bytes, too few for an archive")
-    signature, disk, first_disk, *fields, comment = _END.unpack(_pread(path, file, _END.size, end))
+        damaged(path, f"it has {region.nbytes} bytes, too few for an archive")
+    signature, disk, first_disk, *fields, comment = _END.unpack(_pread(path, region, _END.size, end))
     if signature != b"PK\x05\x06" or comment:
         damaged(path, "it does not end as an archive does: it was cut short, or something was added to it")
-    locator = _pread(path, file, _END64_LOCATOR.size, max(end - _END64_LOCATOR.size, 0))
+    locator = _pread(path, region, _END64_LOCATOR.size, max(end - _END64_LOCATOR.size, 0))
     if locator.startswith(b"PK\x06\x07"):
         end -= _END64_LOCATOR.size + _END64.size
-        fields = _read_end64(path, file, end, locator, fields)
+        fields = _read_end64(path, region, end, locator, fields)
     here, count, length, start = fields
     if disk or first_disk or here != count or start + length != end:
         damaged(path, f"its directory goes from byte {start} to {start + length}, expected to end at byte {end}")
@@ -103,11 +117,11 @@ def _find_directory(path: Path, file: BinaryIO, size: int) -> tuple[int, int, in
     return start, end, count
 
 
-def _read_end64(path: Path, file: BinaryIO, offset: int, locator: bytes, narrow: list[int]) -> list[int]:
+def _read_end64(path: Path, region: Region, offset: int, locator: bytes, narrow: list[int]) -> list[int]:
     """The fields of the zip64 end record, which must repeat those of the old one where they fit into it."""
     if _END64_LOCATOR.unpack(locator)[2] != offset:
         damaged(path, f"its zip64 end record does not lie at byte {offset}")
-    signature, _, _, _, disk, first_disk, *wide = _END64.unpack(_pread(path, file, _END64.size, offset))
+    signature, _, _, _, disk, first_disk, *wide = _END64.unpack(_pread(path, region, _END64.size, offset))
     if signature != b"PK\x06\x06" or disk or first_disk:
         damaged(path, f"it has no zip64 end record at byte {offset}")
     limits = (0xFFFF, 0xFFFF, _ELSEWHERE, _ELSEWHERE)
@@ -181,12 +195,12 @@ def _decode(path: Path, name: bytes) -> str:
         damaged(path, "a member's name is not UTF-8")
 
 
-def _data_offset(path: Path, file: BinaryIO, entry: _Entry) -> int:
+def _data_offset(path: Path, region: Region, entry: _Entry) -> int:
     """Where the member's data begins: after its local header, which must say what the directory says.
 
     With the descriptor flag, torch.save leaves sizes and checksum of the local header zero.
     """
-    header = _pread(path, file, _LOCAL.size + len(entry.name), entry.offset)
+    header = _pread(path, region, _LOCAL.size + len(entry.name), entry.offset)
     signature, _, flags, method, _, _, crc32, packed, nbytes, name_length, extra_length = _LOCAL.unpack_from(header)
     written = (crc32, packed, nbytes)
     is_deferred = bool(flags & _DESCRIPTOR_FLAG) and written == (0, 0, 0)
@@ -198,9 +212,9 @@ def _data_offset(path: Path, file: BinaryIO, entry: _Entry) -> int:
     return entry.offset + len(header) + int(extra_length)
 
 
-def _pread(path: Path, file: BinaryIO, length: int, offset: int) -> bytes:
+def _pread(path: Path, region: Region, length: int, offset: int) -> bytes:
     """``length`` bytes at ``offset``, which a damaged directory may place beyond the end."""
-    data = os.pread(file.fileno(), length, offset) if offset < 2**63 else b""
+    data = region.read(length, offset)
     if len(data) != length:
         damaged(path, f"it ends before byte {offset + length}, where its directory expects more")
     return data

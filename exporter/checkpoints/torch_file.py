@@ -12,19 +12,20 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from exporter.checkpoints import archive
-from exporter.checkpoints.archive import Archive, damaged, read_archive
+from exporter.checkpoints.archive import Archive, Region, damaged, read_archive
 from exporter.checkpoints.folder import regular_size
 from exporter.checkpoints.unpickler import PickleError, Reference, Stub, Unpickler
 from exporter.errors import CheckpointError
 from exporter.tensors import DType, Extent, LazyTensor, Member, StoredTensor, StridedTensor
 
-__all__ = ["Reference", "Storage", "Stub", "TorchFile", "read_torch_file"]
+__all__ = ["Reference", "Storage", "Stub", "TorchFile", "read_pickle", "read_torch_archive", "read_torch_file"]
 
 MAX_PICKLE_BYTES = 512 * 1024 * 1024
 MAX_STRIDED_BYTES = 256 * 1024 * 1024
@@ -103,9 +104,44 @@ def read_torch_file(path: Path) -> TorchFile:
             checkpoint needs.
     """
     size = regular_size(path)
+    with _reading(path) as file:
+        return _read(path, file, size)
+
+
+def read_torch_archive(path: Path, offset: int, nbytes: int) -> Any:
+    """The value of an archive of torch.save that lies in ``nbytes`` bytes of ``path`` from byte ``offset`` on.
+
+    Raises:
+        IncompleteCheckpointError, CheckpointError: as :func:`read_torch_file`.
+    """
+    size = regular_size(path)
+    if offset + nbytes > size:
+        damaged(path, f"it has {size} bytes, but an archive in it should go on to byte {offset + nbytes}")
+    with _reading(path) as file:
+        return _read_archive(path, Region(file, offset, nbytes)).value
+
+
+def read_pickle(path: Path) -> Any:
+    """The value of a file that holds one pickle, made of plain data, dtypes, shapes and stubs, without tensors.
+
+    Raises:
+        IncompleteCheckpointError, CheckpointError: as :func:`read_torch_file`.
+    """
+    size = regular_size(path)
+    if size > MAX_PICKLE_BYTES:
+        damaged(path, f"it has {size} bytes, expected at most {MAX_PICKLE_BYTES}")
+    with _reading(path) as file:
+        value = _Tensors(path, lambda key, nbytes, _: damaged(path, "its pickle has tensors")).unpickle(file)
+        if file.read(1):
+            raise PickleError(f"its pickle ends at byte {file.tell() - 1} of {size}")
+    return value
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            return _read(path, file, size)
+            yield file
     except PickleError as error:
         damaged(path, str(error))
     except OSError as error:
@@ -117,7 +153,7 @@ def read_torch_file(path: Path) -> TorchFile:
 def _read(path: Path, file: BinaryIO, size: int) -> TorchFile:
     start = os.pread(file.fileno(), 512, 0)
     if start.startswith(archive.SIGNATURE):
-        return _read_archive(path, file, size)
+        return _read_archive(path, Region(file, 0, size))
     if start.startswith(b"\x80"):
         return TorchFile(_NO_ROOT, _read_stream(path, file, size))
     kind = "a tar archive" if start[257:262] == b"ustar" else f"a file of {size} bytes that begins with {start[:8]!r}"
@@ -130,8 +166,8 @@ def _read(path: Path, file: BinaryIO, size: int) -> TorchFile:
 # Since torch 1.6: a zip archive
 
 
-def _read_archive(path: Path, file: BinaryIO, size: int) -> TorchFile:
-    contents = read_archive(path, file, size)
+def _read_archive(path: Path, region: Region) -> TorchFile:
+    contents, file = read_archive(path, region), region.file
     if "byteorder" in contents.members and _read_member(path, file, contents, "byteorder", 16) != b"little":
         damaged(path, "its tensors are not little-endian")
     stream = io.BytesIO(_read_member(path, file, contents, "data.pkl", MAX_PICKLE_BYTES))
@@ -272,7 +308,7 @@ def _rebuild_tensor_v3(
 
 def _view(name: str, args: tuple[Any, Any, Any, Any], dtype: DType | None) -> LazyTensor | Stub:
     storage, offset, shape, stride = args
-    if not isinstance(storage, Storage) or not _are_sizes(shape) or not _are_sizes(stride) or not _are_sizes((offset,)):
+    if not isinstance(storage, Storage) or not are_sizes(shape) or not are_sizes(stride) or not are_sizes((offset,)):
         raise PickleError("its pickle has a tensor without a valid storage, offset, shape and stride")
     if len(shape) != len(stride):
         raise PickleError(f"its pickle has a tensor of shape {shape} and stride {stride}")
@@ -293,7 +329,7 @@ def _view(name: str, args: tuple[Any, Any, Any, Any], dtype: DType | None) -> La
     return StridedTensor(shape, dtype, extent, stride)
 
 
-def _are_sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
     if type(values) is not tuple or len(values) > _MAX_DIMENSIONS:
         return False
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
@@ -330,7 +366,7 @@ def _rebuild_from_type(function: Any, cls: Any, args: Any, state: Any) -> LazyTe
 
 
 def _size(sizes: Any = ()) -> tuple[int, ...]:
-    if not _are_sizes(sizes):
+    if not are_sizes(sizes):
         raise PickleError("its pickle has a torch.Size that is no shape")
     return tuple(sizes)
 
