@@ -65,9 +65,14 @@ class Stub:
     state: Any = None
     items: list[Any] = field(default_factory=list)
 
-    def _identity(self) -> object:
+    @property
+    def is_unique(self) -> bool:
+        """Whether the stub is equal to itself alone."""
         is_bare = self.state is None and not self.items and len(self.args) <= _MAX_KEY_PARTS
-        return (self.name, self.args) if is_bare and all(isinstance(arg, _SCALARS) for arg in self.args) else id(self)
+        return not is_bare or not all(isinstance(arg, _SCALARS) for arg in self.args)
+
+    def _identity(self) -> object:
+        return id(self) if self.is_unique else (self.name, self.args)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stub) and self._identity() == other._identity()
@@ -390,7 +395,7 @@ class Unpickler:
                 raise PickleError(f"its pickle has a key of type {type(part).__name__}")
             if type(part) is int and not -(2**63) <= part < 2**64:
                 raise PickleError("its pickle has an integer of more than 64 bits as a key")
-        if type(key) not in (int, bytes, bool):
+        if type(key) not in (int, bytes, bool) and not (type(key) is Stub and key.is_unique):
             self._rare_keys_left -= 1
             if self._rare_keys_left < 0:
                 raise PickleError(f"its pickle has more than {_MAX_RARE_KEYS} keys that are neither text nor integers")
