@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
+from exporter.checkpoints.distributed import is_distributed, open_distributed
 from exporter.checkpoints.folder import require_inside
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
 from exporter.checkpoints.universal import is_universal, open_universal, universal_tags
@@ -23,6 +24,7 @@ __all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
     (is_zero, open_zero),
     (is_universal, open_universal),
+    (is_distributed, open_distributed),
     (is_pretrained, open_pretrained),
 )
 
@@ -48,11 +50,11 @@ def open_checkpoint(path: Path, tag: str | None = None) -> Checkpoint:
 
 
 def _run_checkpoints(path: Path) -> list[Path]:
-    """The ``checkpoint-N`` folders of a run, oldest first; a DeepSpeed tag of that name is none."""
+    """The ``checkpoint-N`` or ``step-N`` folders of a run, oldest first; a DeepSpeed tag of that name is none."""
     runs = [
         entry
         for entry in path.iterdir()
-        if re.fullmatch(r"checkpoint-\d{1,18}", entry.name) and entry.is_dir() and not is_tag(entry)
+        if re.fullmatch(r"(checkpoint|step)-\d{1,18}", entry.name) and entry.is_dir() and not is_tag(entry)
     ]
     return sorted(runs, key=lambda entry: int(entry.name.partition("-")[2]))
 
