@@ -93,4 +93,4 @@ def write(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(write, (Path(sys.argv[1]),), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.start_processes(write, (Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")
