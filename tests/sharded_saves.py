@@ -1,4 +1,4 @@
-"""Saves of torch.distributed.checkpoint by two processes, run by the tests as a program: ``sharded_saves.py FOLDER``.
+"""Saves of torch.distributed.checkpoint by two or four ranks; the tests run it: ``sharded_saves.py FOLDER RANKS``.
 
 Each save lies in a folder of its own, with the live model's full state dict beside it.
 """
@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-RANKS = 2
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 
 def make_model() -> nn.Module:
@@ -75,7 +74,7 @@ def save_fsdp1(folder: Path) -> None:
 
 def save_columns(folder: Path) -> None:
     """Tensors cut in every dimension but the first that they have, and whole ones that both ranks have."""
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     truth = {name: tensor.detach() for name, tensor in make_model().state_dict().items()}
     state = {}
     for name, tensor in truth.items():
@@ -85,12 +84,33 @@ def save_columns(folder: Path) -> None:
     save(folder, "columns", state, truth | {"middle": truth["cube"]})
 
 
-def write(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    for write_one in (save_fsdp2, save_fsdp1, save_columns):
+def save_two_dimensions(folder: Path) -> None:
+    """FSDP2 within replicas, FSDP2 of tensor-parallel layers, and a save in which every rank describes its own part."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    truth = {name: tensor.clone() for name, tensor in make_pair().state_dict().items()}
+    replicated = fully_shard(make_pair(), mesh=mesh)
+    save(folder, "hsdp", {"model": replicated.state_dict()}, truth)
+    parallel = parallelize_module(make_pair(), mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(parallel, mesh=mesh["data"])
+    save(folder, "fsdp-tp", {"model": parallel.state_dict()}, truth)
+    dcp.save({"model": replicated.state_dict()}, checkpoint_id=folder / "apart", use_collectives=False)
+
+
+def make_pair() -> nn.Sequential:
+    torch.manual_seed(8)
+    return nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 5))
+
+
+SAVES = {2: (save_fsdp2, save_fsdp1, save_columns), 4: (save_two_dimensions,)}
+
+
+def write(rank: int, folder: Path, ranks: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    for write_one in SAVES[ranks]:
         write_one(folder)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(write, (Path(sys.argv[1]),), nprocs=RANKS, start_method="fork")
+    place, number = Path(sys.argv[1]), int(sys.argv[2])
+    torch.multiprocessing.start_processes(write, (place, number), nprocs=number, start_method="fork")

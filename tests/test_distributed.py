@@ -55,7 +55,7 @@ def assert_equal(folder: Path, truth: dict[str, torch.Tensor]) -> None:
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The saves of two processes."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    subprocess.run([sys.executable, SAVES, folder], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, SAVES, folder, "2"], check=True, capture_output=True, timeout=300)
     return folder
 
 
@@ -82,6 +82,15 @@ def test_what_two_ranks_saved_is_the_live_model(two_ranks: Path, name: str) -> N
     checkpoint = open_checkpoint(two_ranks / name)
     assert (checkpoint.format, checkpoint.world_size) == ("dcp", 2)
     assert_equal(two_ranks / name, truth)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_four_ranks_is_read(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, SAVES, tmp_path, "4"], check=True, capture_output=True, timeout=300)
+    for name in ("hsdp", "fsdp-tp"):
+        assert_equal(tmp_path / name, torch.load(tmp_path / f"{name}.truth"))
+    with pytest.raises(RefusedError, match="without collectives"):
+        open_checkpoint(tmp_path / "apart")
 
 
 def weights() -> dict[str, Any]:
@@ -341,6 +350,15 @@ def test_a_damaged_checkpoint_is_not_read(two_ranks: Path, tmp_path: Path, damag
     assert str(tmp_path) not in error.value.message + error.value.hint
 
 
+def test_the_tensor_properties_of_torch_2_0_are_known(two_ranks: Path, tmp_path: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    folder = Path(shutil.copytree(two_ranks / "fsdp1", tmp_path / "fsdp1"))
+    change(lambda metadata: setattr(entry(metadata), "properties", TensorProperties(torch.float32)))(folder)
+    assert b"sharded_tensor.metadata" in (folder / ".metadata").read_bytes()
+    assert_equal(folder, torch.load(two_ranks / "fsdp1.truth"))
+
+
 def test_two_chunks_at_one_place_are_refused(save: Callable[..., Path]) -> None:
     folder = save({"a": torch.ones(2), "b": torch.zeros(2)})
 
@@ -349,6 +367,14 @@ def test_two_chunks_at_one_place_are_refused(save: Callable[..., Path]) -> None:
 
     change(edit)(folder)
     with pytest.raises(CheckpointError, match="two chunks lie at byte"):
+        open_checkpoint(folder)
+
+
+def test_a_file_copied_over_another_is_refused(save: Callable[..., Path]) -> None:
+    folder = save({"a": torch.randn(64), "b": torch.randn(64)}, thread_count=2)
+    first, second = folder.glob("*.distcp")
+    shutil.copy(first, second)
+    with pytest.raises(CheckpointError, match="one of them is a copy of the other"):
         open_checkpoint(folder)
 
 

@@ -83,6 +83,11 @@ def _choose_data(folder: Path) -> Path:
             f"Name the folder {first.name} itself, or move away what is not to be exported.",
         )
     require_inside(first)
+    if any(first.glob(f"__*{METADATA_NAME}")):
+        raise RefusedError(
+            f"{first.name} was saved without collectives: each rank describes only its own part.",
+            "Save it with use_collectives=True, which is DCP's default.",
+        )
     if not (first / METADATA_NAME).exists():
         raise IncompleteCheckpointError(
             f"{first.name} has *.distcp files but no {METADATA_NAME}, which is written last.",
