@@ -206,6 +206,14 @@ def test_a_relative_name_and_a_link_to_the_newest_step_are_followed(
         assert export(Path(named))[1]["checkpoint"]["parameters"] == sum(map(torch.numel, LLAMA.truth.values()))
 
 
+def test_a_link_out_of_the_named_folder_is_not_followed(save: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(save({"model": weights()}))
+    with pytest.raises(CheckpointError, match="model is a symbolic link that leaves the checkpoint folder"):
+        open_checkpoint(tmp_path / "run")
+    assert_equal(tmp_path / "run" / "model", weights())
+
+
 def test_a_save_that_did_not_end_is_passed_over(tmp_path: Path) -> None:
     for step in (90, 100):
         dcp.save({"value": torch.tensor(step)}, checkpoint_id=tmp_path / f"step-{step}")

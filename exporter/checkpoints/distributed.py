@@ -82,7 +82,8 @@ def _choose_data(folder: Path) -> Path:
             f"Both {first.name}/*.distcp and {rival} are there, and nothing says which of them to export.",
             f"Name the folder {first.name} itself, or move away what is not to be exported.",
         )
-    require_inside(first)
+    if first != folder:
+        require_inside(first)
     if any(first.glob(f"__*{METADATA_NAME}")):
         raise RefusedError(
             f"{first.name} was saved without collectives: each rank describes only its own part.",
