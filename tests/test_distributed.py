@@ -128,7 +128,7 @@ def test_the_model_is_found_in_a_nested_state_dict(save: Callable[..., Path], ne
 
 
 def test_what_is_left_out_is_said(save: Callable[..., Path]) -> None:
-    folder = save({"model": weights(), "ema": weights(), "optim": {"state": {"half": {"exp_avg": torch.ones(7)}}}})
+    folder = save({"model": weights(), "ema": weights(), "optimizer_0": {"state": {"half": {"step": torch.ones(1)}}}})
     assert open_checkpoint(folder).notes == ("ema is not exported.",)
 
 
