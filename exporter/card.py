@@ -7,6 +7,7 @@ a checkpoint or a user breaks out of its place, and the sample code, which runs 
 from __future__ import annotations
 
 import json
+import os
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import yaml
 
 from exporter.checkpoints.folder import read_json, regular_size
 from exporter.errors import CheckpointError, UsageError
+from exporter.local_paths import without_local_paths
 from exporter.tensors import DType
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ _REPAIR = "Repair or remove it: what it says is not needed, and can be given by 
 
 
 class TrainingConfig(NamedTuple):
-    """A YAML file that the run was configured with: its name without a folder, and its text as it stands."""
+    """A YAML file that the run was configured with: its name without a folder, and its text."""
 
     name: str
     text: str
@@ -212,7 +214,7 @@ def read_card_metadata(
 
     The front matter of a README.md is asked first, then adapter_config.json, the model's ``config`` and
     ``training_configs``. A base model or dataset counts only as NAMESPACE/NAME: anything else may be a local path, or
-    the name of a data loader.
+    the name of a data loader. A base model that is a folder here does not count either.
 
     Raises:
         CheckpointError: README.md or adapter_config.json is broken, or cannot be read safely.
@@ -226,11 +228,12 @@ def read_card_metadata(
         config.get("_name_or_path"),
         _only(_settings(training_configs), "model_name", "model_name_or_path"),
     ]
+    published = (name for name in map(str, filter(_is_published, names)) if not _is_folder(name, folder))
     return CardMetadata(
         license=_text(front_matter.get("license")),
         languages=_texts(front_matter.get("language")),
         datasets=tuple(filter(_is_published, _texts(front_matter.get("datasets")))),
-        base_model=next(filter(_is_published, names), None),
+        base_model=next(published, None),
     )
 
 
@@ -337,6 +340,11 @@ def _is_published(name: Any) -> bool:
     return isinstance(name, str) and _is_hub_id(name) and "/" in name and not _RUN_FOLDER.fullmatch(name.split("/")[1])
 
 
+def _is_folder(name: str, checkpoint: Path) -> bool:
+    """Whether ``name`` is a folder, seen from here or from one that holds the checkpoint: there the training ran."""
+    return any((place / name).is_dir() for place in (Path(), *checkpoint.absolute().parents))
+
+
 def _is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
@@ -428,8 +436,10 @@ def render_card(facts: CardFacts, template: Path | None = None) -> str:
 
 def _context(facts: CardFacts) -> dict[str, Any]:
     """The variables of a template."""
-    if facts.base_model == facts.repo_name or not _is_hub_id(facts.base_model or ""):
+    base_model = facts.base_model or ""
+    if base_model == facts.repo_name or not _is_hub_id(base_model) or os.path.isdir(base_model):
         facts = replace(facts, base_model=None)
+    facts = _without_local_paths(facts)
     configs = facts.training_configs
     return {
         "facts": facts,
@@ -440,6 +450,18 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "model_configs": [config for config in configs if not _describes_dataset(config)],
         "dataset_configs": [config for config in configs if _describes_dataset(config)],
     }
+
+
+def _without_local_paths(facts: CardFacts) -> CardFacts:
+    """``facts`` whose texts show, of a path of this machine, its last name."""
+    configs = facts.training_configs
+    return replace(
+        facts,
+        datasets=tuple(map(without_local_paths, facts.datasets)),
+        training_configs=tuple(config._replace(text=without_local_paths(config.text)) for config in configs),
+        train_command=facts.train_command and without_local_paths(facts.train_command),
+        export_command=facts.export_command and without_local_paths(facts.export_command),
+    )
 
 
 def _front_matter(facts: CardFacts) -> str:

@@ -15,11 +15,14 @@ from typing import Any
 
 from exporter.checkpoints.folder import read_json, regular_size
 from exporter.errors import CheckpointError, RefusedError
+from exporter.local_paths import is_local_path
 from exporter.tensors import DType
 from exporter.tokenizer import Vocabulary
 
 _NEOX_ROTARY_PCT = 0.25
 """GPTNeoXConfig's default share of rotated dimensions, in transformers 4 and 5."""
+
+_TRAINERS_PATHS = ("_name_or_path", "output_dir", "logging_dir")
 
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -62,13 +65,14 @@ def edit_config(config: Mapping[str, Any], *, vocabulary: Vocabulary, rows: int 
 
     transformers 4 looks for ``torch_dtype`` and, at the top level, for what transformers 5 keeps in ``dtype`` and
     ``rope_parameters``: both are written. ``_name_or_path`` goes: it is the trainer's path, and a relative one looks
-    like a Hub id.
+    like a Hub id. So do other paths of the trainer, which nobody else can open.
     """
     edited = dict(config) if rows is None else with_rows(config, rows)
     edited = copy.deepcopy(edited)
     edited |= {"dtype": dtype.value, "torch_dtype": dtype.value}
     for part in _parts(edited):
-        part.pop("_name_or_path", None)
+        for key in part.keys() - _without_paths(part).keys():
+            del part[key]
         if "dtype" in part or "torch_dtype" in part:
             part |= {key: dtype.value for key in ("dtype", "torch_dtype") if key in part}
         _copy_rope(part)
@@ -105,7 +109,7 @@ def edit_generation_config(
         architecture = str((config.get("architectures") or [""])[0])
         if config.get("auto_map") or not architecture.endswith(_GENERATING):
             return None
-    edited = copy.deepcopy(dict(generation_config or {}))
+    edited = _without_paths(copy.deepcopy(dict(generation_config or {})))
     _agree_on_tokens(edited, vocabulary, stops=True)
     return edited
 
@@ -169,6 +173,11 @@ def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
     """The config itself and the configs of the model's parts, such as text_config."""
     nested = [value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict)]
     return [config, *nested]
+
+
+def _without_paths(part: Mapping[str, Any]) -> dict[str, Any]:
+    """``part`` without the keys that hold a path of the trainer's machine."""
+    return {key: value for key, value in part.items() if key not in _TRAINERS_PATHS and not is_local_path(value)}
 
 
 def _text_part(config: dict[str, Any]) -> dict[str, Any]:

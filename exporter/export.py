@@ -37,8 +37,19 @@ from exporter.config import (
     with_rows,
 )
 from exporter.console import Console
+from exporter.credentials import require_no_credentials
 from exporter.errors import CheckpointError, RefusedError, UsageError
-from exporter.hub import Connection, Destination, OutgoingFile, Publication, Push, connect, download, has_token
+from exporter.hub import (
+    Connection,
+    Destination,
+    OutgoingFile,
+    Publication,
+    Push,
+    connect,
+    download,
+    has_token,
+    known_tokens,
+)
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
@@ -268,6 +279,7 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
         texts[INDEX_NAME] = planned.plan.index
     facts = card_facts(options, checkpoint, config, vocabulary, planned)
     texts["README.md"] = render_card(facts, options.card_template).encode()
+    require_no_credentials(_given_texts(options, facts) | texts, known_tokens(options.auth_token))
     report.output = _describe_plan(planned, texts)
     return Prepared(checkpoint, vocabulary, planned, texts)
 
@@ -443,6 +455,13 @@ def card_facts(
         train_command=options.train_command,
         export_command=options.command,
     )
+
+
+def _given_texts(options: Options, facts: CardFacts) -> dict[str, bytes]:
+    """What the user gave to be published, by the option that gave it: a card template need not show it."""
+    given = {"--train_command": options.train_command, "--commit_message": options.commit_message}
+    given |= {config.name: config.text for config in facts.training_configs}
+    return {name: text.encode() for name, text in given.items() if text}
 
 
 def _read_text(path: Path) -> str:

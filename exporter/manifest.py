@@ -48,8 +48,15 @@ def read_manifest_files(folder: Path) -> tuple[WrittenFile, ...]:
         raise VerificationError(f"{folder.name} has no {MANIFEST_NAME}.", "Name a folder that this program exported.")
     try:
         return tuple(
-            WrittenFile(str(entry["path"]), int(entry["size"]), str(entry["sha256"]))
+            WrittenFile(_inside(str(entry["path"])), int(entry["size"]), str(entry["sha256"]))
             for entry in read_json(path)["files"]
         )
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise VerificationError(f"{MANIFEST_NAME} is not a manifest of this program.", "Export again.") from error
+
+
+def _inside(path: str) -> str:
+    """``path`` as it stands. Raises ValueError if it leaves the folder, and so may name what nobody exported."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path} is outside of the folder")
+    return path

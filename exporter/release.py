@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoints.folder import read_json
+from exporter.checkpoints.folder import read_json, regular_size
 from exporter.console import Console
+from exporter.credentials import require_no_credentials
 from exporter.errors import UsageError
 from exporter.export import finish_push
-from exporter.hub import Destination, Push, connect
+from exporter.hub import Destination, Push, connect, known_tokens
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.proof import check_files
 from exporter.report import Report
@@ -37,6 +39,8 @@ def run_publish(options: ReleaseOptions, report: Report, console: Console) -> No
     Raises:
         UsageError: the folder was exported for another repository, or for none.
         VerificationError: it no longer equals its manifest.
+        RefusedError: a text file, or the message of the commit, holds a credential.
+        CheckpointError: a file is a link that leaves the folder.
         CredentialError, HubRefusedError, HubUnreachableError: as the Hub answers.
     """
     if not options.folder.is_dir():
@@ -54,10 +58,21 @@ def run_publish(options: ReleaseOptions, report: Report, console: Console) -> No
     manifest = (options.folder / MANIFEST_NAME).read_bytes()
     own = WrittenFile(MANIFEST_NAME, len(manifest), hashlib.sha256(manifest).hexdigest())
     files = [*read_manifest_files(options.folder), own]
+    require_no_credentials(_texts(options, files), known_tokens(options.auth_token))
     card = (options.folder / "README.md").read_text(encoding="utf-8")
     with report.timed("connect"):
         connection = connect(destination, token=options.auth_token, card=card, note=console.note)
     finish_push(Push(connection, note=console.note), options.folder, files, report, console)
+
+
+def _texts(options: ReleaseOptions, files: Sequence[WrittenFile]) -> dict[str, bytes]:
+    """What is published but the weights."""
+    given = {"--commit_message": options.commit_message.encode()} if options.commit_message else {}
+    for file in files:
+        regular_size(options.folder / file.path)
+        if not file.path.endswith(".safetensors"):
+            given[file.path] = (options.folder / file.path).read_bytes()
+    return given
 
 
 def _repository(options: ReleaseOptions) -> str:

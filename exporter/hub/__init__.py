@@ -20,7 +20,7 @@ download.py      a published revision, read back
 
 from __future__ import annotations
 
-from exporter.hub.account import has_token
+from exporter.hub.account import has_token, known_tokens
 from exporter.hub.arrival import Proven, prove_published
 from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
@@ -41,6 +41,7 @@ __all__ = [
     "connect",
     "download",
     "has_token",
+    "known_tokens",
     "plan_push",
     "prove_published",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from exporter.errors import CredentialError
@@ -37,6 +39,17 @@ def find_token(token: str | None) -> str | None:
 def has_token(token: str | None) -> bool:
     """Whether a token was given or is configured; nothing is said of whether it is good."""
     return bool(token or _configured_token())
+
+
+def known_tokens(token: str | None) -> tuple[str, ...]:
+    """The token given and those that this machine keeps for the Hub: what must never be published. Asks nobody."""
+    from huggingface_hub import constants
+
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
+    login = Path(constants.HF_TOKEN_PATH)
+    saved = login.read_text(encoding="utf-8", errors="replace") if os.access(login, os.R_OK) else ""
+    found = (token or "", saved, *(os.environ.get(name, "") for name in names))
+    return tuple(filter(None, (text.strip() for text in found)))
 
 
 def _configured_token() -> str | None:

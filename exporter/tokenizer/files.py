@@ -6,7 +6,6 @@ Only files of a fixed list of names are ever read, whatever a tokenizer_config.j
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from exporter.checkpoints.folder import regular_size
 from exporter.errors import CheckpointError
+from exporter.local_paths import is_local_path
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -40,8 +40,6 @@ SLOW_NAMES = (
 
 MAX_BYTES = 64 * 1024 * 1024
 """Size of the largest tokenizer file that is read: twice that of the largest in use, and still parsed in 2 GB."""
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass
@@ -126,11 +124,11 @@ def make_portable(files: TokenizerFiles) -> None:
 
     transformers 5 writes the class TokenizersBackend, which 4.57 does not know (5 knows the older name too), and a list
     of special tokens as ``extra_special_tokens``, where 4.57 expects a dict and fails (5 reads
-    ``additional_special_tokens`` as well). 4.57 opens what ``vocab_file`` and the like name, wherever that lies.
+    ``additional_special_tokens`` as well). 4.57 opens what ``vocab_file`` and the like name, wherever that lies;
+    ``name_or_path`` is the trainer's, and a relative folder there looks like a Hub id.
     """
     for key, value in list(files.documents.get(CONFIG, {}).items()):
-        is_path = key.endswith("_file") or (key == "name_or_path" and not _HUB_ID.fullmatch(str(value)))
-        if isinstance(value, str) and is_path:
+        if isinstance(value, str) and (key.endswith("_file") or key == "name_or_path" or is_local_path(value)):
             files.drop(CONFIG, key)
     if files.get(CONFIG, "tokenizer_class") == "TokenizersBackend":
         files.set(CONFIG, "tokenizer_class", "PreTrainedTokenizerFast")
