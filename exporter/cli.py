@@ -207,7 +207,7 @@ def export(ctx: click.Context, /, **values: Any) -> None:
         raise click.UsageError("Say where to: --hf_repo_name, --output_folder, --rehearse or --dry_run.")
     if values["report"] and values["output_folder"] and _is_inside(values["report"], values["output_folder"]):
         raise click.UsageError("--report lies inside --output_folder, which holds the export's own files alone.")
-    with ending(values["report"], values["as_json"]) as report:
+    with ending(values["report"], values["as_json"], values["auth_token"]) as report:
         from exporter.console import Console
         from exporter.export import Options, run_export
 
@@ -275,7 +275,7 @@ def verify(
 @click.pass_context
 def publish(ctx: click.Context, /, report: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Publish FOLDER, which was exported earlier with --hf_repo_name and --no_publish, exactly as it stands."""
-    with ending(report, as_json) as findings:
+    with ending(report, as_json, values["auth_token"]) as findings:
         from exporter.console import Console
         from exporter.release import ReleaseOptions, run_publish
 
@@ -365,8 +365,8 @@ def _without_folder(parameter: click.Parameter, item: Any) -> str:
 
 
 @contextmanager
-def ending(report_path: Path | None, as_json: bool) -> Iterator[Report]:
-    """Every way in which a command can end: its exit code, its line, its report.
+def ending(report_path: Path | None, as_json: bool, token: str | None = None) -> Iterator[Report]:
+    """Every way in which a command can end: its exit code, its line, its report, what a CI job learns.
 
     The report is written at the start too, as a failed one: a place that takes none is known before the work, and an
     earlier run's report is not taken for that of a run which was killed.
@@ -382,9 +382,11 @@ def ending(report_path: Path | None, as_json: bool) -> Iterator[Report]:
                 yield report
             except (Exception, KeyboardInterrupt) as error:
                 # A library may turn the interrupt that it meets into an error of its own.
-                code = _tell_failure(report, KeyboardInterrupt() if received else error)
+                code = _tell_failure(report, KeyboardInterrupt() if received else error, token)
             written = _write_report(report, report_path)
             code = code or written
+        told = _tell_job(report, code)
+        code = code or told
     if code:
         if as_json:
             say(report.dump())
@@ -409,8 +411,15 @@ def _interruption() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _tell_failure(report: Report, error: BaseException) -> int:
-    """Say why the run failed, note it in the report, and return its exit code."""
+def _tell_failure(report: Report, error: BaseException, token: str | None) -> int:
+    """Say why the run failed, note it in the report, and return its exit code.
+
+    Whatever a library put into an error, neither ``token`` nor another credential gets out with it.
+    """
+    from exporter.console import say
+    from exporter.credentials import redact
+    from exporter.hub.account import known_tokens
+
     if isinstance(error, ExportError):
         code, kind, message, hint = error.exit_code, error.kind, error.message, error.hint
     elif isinstance(error, KeyboardInterrupt):
@@ -418,9 +427,11 @@ def _tell_failure(report: Report, error: BaseException) -> int:
     else:
         code, kind, hint = 1, "bug", "Please report this with the traceback."
         message = f"{type(error).__name__}: {error}"
+    tokens = known_tokens(token)
+    message, hint = redact(message, tokens), redact(hint, tokens)
     report.fail(code, kind, message, hint)
     if code == 1 or (os.environ.get("EXPORT_MODEL_DEBUG") and code != 130):
-        traceback.print_exception(error)
+        say(redact("".join(traceback.format_exception(error)), tokens).rstrip("\n"), err=True)
     if code != 1:
         _say_failure(message, hint)
     return code
@@ -441,6 +452,18 @@ def _write_report(report: Report, path: Path | None) -> int:
     except ExportError as error:
         if report.error is None:
             report.fail(error.exit_code, error.kind, error.message, error.hint)
+        _say_failure(error.message, error.hint)
+        return error.exit_code
+    return 0
+
+
+def _tell_job(report: Report, code: int) -> int:
+    """Zero, or the exit code of outputs or a summary that a CI job cannot get."""
+    from exporter.ci import tell_job
+
+    try:
+        tell_job(report.as_dict(), code)
+    except ExportError as error:
         _say_failure(error.message, error.hint)
         return error.exit_code
     return 0
