@@ -55,6 +55,11 @@ _NAMES = (
 _VALUE = r"(?=[A-Za-z_/+=-]{0,255}[0-9])[A-Za-z0-9_/+=-]{20,256}(?![A-Za-z0-9_.(\[-])"
 """A value that no word, call or reference to a variable is: long, in one piece, with a digit."""
 
+_NAMED = _word(
+    "a credential", _NAMES, rf"(?:{'|'.join(_NAMES.split())})[\"']?\]?(?:[ \t]*[:=][ \t]*|[ \t]+)[\"']?{_VALUE}"
+)
+"""What only the name beside it shows; said where no other form is found, since a value can have both."""
+
 _FORMS = (
     _word("a Hugging Face token", "hf_", r"hf_[A-Za-z0-9]{30,256}|hf_(?:jwt|oauth)_[A-Za-z0-9_.-]{20,4096}"),
     _word("a Hugging Face organization token", "api_org_", r"api_org_[A-Za-z0-9]{30,256}"),
@@ -78,19 +83,21 @@ _FORMS = (
     _word("a Weights & Biases key", "wandb_v1_", r"wandb_v1_[A-Za-z0-9_]{32,256}"),
     _form("a private key", "-----BEGIN", r"-----BEGIN (?:[A-Z0-9]{1,16} ){0,3}PRIVATE KEY(?: BLOCK)?-----"),
     _form("a password in a URL", "://", r"""://[^\s/?#:@"'<>$\\{]{1,128}:[^\s/?#:@"'<>$\\{]{3,256}@[A-Za-z0-9\[]"""),
-    _word("a credential", _NAMES, rf"(?:{'|'.join(_NAMES.split())})[\"']?\]?(?:[ \t]*[:=][ \t]*|[ \t]+)[\"']?{_VALUE}"),
+    _NAMED,
 )
 
 
 def find_credentials(content: bytes, tokens: Iterable[str] = ()) -> Iterator[Finding]:
-    """The credentials in ``content``: at most one of each kind, and ``tokens`` themselves, whatever form they have."""
+    """The credentials in ``content``, at most one of each kind, and ``tokens`` themselves, whatever form they have."""
+    known = False
     for token in tokens:
         start = content.find(token.encode())
         if len(token) >= SHORTEST_TOKEN and start >= 0:
             yield _finding("the token of this run", content, start, start + len(token))
     for form in _FORMS:
         found = next(_matches(form, content), None)
-        if found is not None:
+        if found is not None and not (known and form is _NAMED):
+            known = True
             yield _finding(form.kind, content, *found.span())
 
 

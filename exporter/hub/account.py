@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.errors import CredentialError
+from exporter.errors import CredentialError, HubUnreachableError
+from exporter.hub.client import HubClient
 from exporter.hub.destination import Destination
+from exporter.hub.failures import is_retriable
+from exporter.hub.patience import RETRY_LATER
 
 _NEW_TOKEN = "Make a token with write access in the Hub's settings and pass it as HF_TOKEN."
 
@@ -37,8 +40,8 @@ def find_token(token: str | None) -> str | None:
 
 
 def has_token(token: str | None) -> bool:
-    """Whether a token was given or is configured; nothing is said of whether it is good."""
-    return bool(token or _configured_token())
+    """Whether a token was given or is configured, or a CI job can have one; nothing is said of whether it is good."""
+    return bool(token or os.environ.get("HF_OIDC_RESOURCE") or _configured_token())
 
 
 def known_tokens(token: str | None) -> tuple[str, ...]:
@@ -60,10 +63,39 @@ def _configured_token() -> str | None:
     try:
         return get_token()
     except (OIDCError, httpx.HTTPError) as error:
+        if is_retriable(error):
+            raise HubUnreachableError(
+                f"No token for HF_OIDC_RESOURCE, since nobody answers: {' '.join(str(error).split())}", RETRY_LATER
+            ) from error
         raise CredentialError(
             f"HF_OIDC_RESOURCE is set, but the Hub gave no token for it: {' '.join(str(error).split())}",
             "Check the trusted publisher on the Hub and the job's id-token permission, or unset HF_OIDC_RESOURCE.",
         ) from error
+
+
+def ask_account(client: HubClient, destination: Destination) -> Mapping[str, Any]:
+    """The answer of whoami-v2; empty for a token of a trusted publisher, which has a repository and no account.
+
+    Raises CredentialError unless the account may write to ``destination``.
+    """
+    try:
+        account: Mapping[str, Any] = client.ask("accept the token", lambda: client.api.whoami())
+    except CredentialError:
+        if not is_publisher(client.token):
+            raise
+        account = {}
+    require_write_access(account, destination)
+    if destination.create_pr and not account:
+        raise CredentialError(
+            "A trusted publisher's token has no name, so its open pull request could not be found again",
+            "Publish to a branch with --revision, or give a token as HF_TOKEN.",
+        )
+    return account
+
+
+def is_publisher(token: str) -> bool:
+    """Whether ``token`` is a trusted publisher's: https://huggingface.co/docs/hub/trusted-publishers."""
+    return token.startswith("hf_jwt_")
 
 
 def require_write_access(account: Mapping[str, Any], destination: Destination) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from exporter.errors import HubRefusedError
-from exporter.hub.account import require_write_access, resolve_token
+from exporter.errors import CredentialError, HubRefusedError
+from exporter.hub.account import ask_account, is_publisher, resolve_token
 from exporter.hub.client import HubClient, bounded_and_quiet
 from exporter.hub.destination import DEFAULT_BRANCH, Destination
 from exporter.hub.push import Forecast, OutgoingFile, PushPlan, forecast_push
@@ -88,8 +88,7 @@ def connect(
 
     with bounded_and_quiet():
         client = HubClient((endpoint or constants.ENDPOINT).rstrip("/"), resolve_token(token))
-        account = client.ask("accept the token", lambda: client.api.whoami())
-        require_write_access(account, destination)
+        account = ask_account(client, destination)
         if card is not None:
             _require_accepted_card(client, card, note)
         return _look(destination, Repository(client, destination.repo_id), str(account.get("name")), note)
@@ -105,6 +104,11 @@ def _require_accepted_card(client: HubClient, card: str, note: Note) -> None:
 def _look(destination: Destination, repository: Repository, user: str, note: Note) -> Connection:
     connection = Connection(destination, repository, user)
     info = repository.info()
+    if info is None and is_publisher(repository.client.token):
+        raise CredentialError(
+            f"{repository.repo_id} is not there, or not for this token: a trusted publisher cannot create it",
+            "Create it on the Hub, name this job there as its trusted publisher, and set HF_OIDC_RESOURCE to its name.",
+        )
     if info is None:
         return connection
     _note_visibility(destination, info, note)

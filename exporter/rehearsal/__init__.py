@@ -8,6 +8,7 @@ repository.py    commits, branches, tags, pull requests
 storage.py       bytes: regular files and large ones
 xet.py           the store of hf_xet's local backend
 access.py        tokens
+oidc.py          trusted publishing: tokens for CI jobs
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from uvicorn import Config, Server
 
     from exporter.rehearsal.api import Api
+    from exporter.rehearsal.oidc import TrustedPublishing
 
 
 class RehearsalHub:
@@ -53,6 +55,7 @@ class RehearsalHub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self._tokens: dict[str, Token] = {}
+        self._publishers: dict[str, str] = {}
         self.token = self.add_token()
 
     def add_token(
@@ -64,12 +67,23 @@ class RehearsalHub:
         self._tokens[token] = Token(user, role, expired, tuple(scopes))
         return token
 
+    def trust(self, repo_id: str) -> dict[str, str]:
+        """The environment of a GitHub Actions job that is a trusted publisher of ``repo_id``."""
+        request_token = secrets.token_hex(17)
+        self._publishers[request_token] = repo_id
+        return {
+            "GITHUB_ACTIONS": "true",
+            "ACTIONS_ID_TOKEN_REQUEST_URL": f"{self.endpoint}/actions/id-token?api-version=2.0",
+            "ACTIONS_ID_TOKEN_REQUEST_TOKEN": request_token,
+            "HF_OIDC_RESOURCE": repo_id,
+        }
+
     def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
         """The bytes of a file at a revision. Raises KeyError if the repository or the file is not there."""
         return self._storage.path(self.repositories[repo_id].resolve(revision).tree[path]).read_bytes()
 
     def __enter__(self) -> RehearsalHub:
-        Api, Config, Server = server_classes()
+        Api, Config, Server, TrustedPublishing = server_classes()
         with ExitStack() as stack:
             folder = self._folder or Path(stack.enter_context(TemporaryDirectory(prefix="rehearsal-hub-")))
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -79,7 +93,8 @@ class RehearsalHub:
             self.endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
             self._storage = Storage(folder, xet=self.xet)
             api = Api(self.endpoint, self._storage, self.repositories, self._tokens, self.organizations)
-            application = RequestLog(api.application(), self.requests)
+            answering = TrustedPublishing(api.application(), self._tokens, self._publishers)
+            application = RequestLog(answering, self.requests)
             server = Server(
                 Config(application, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=2)
             )
@@ -107,12 +122,13 @@ class RequestLog:
         await self.application(scope, receive, send)
 
 
-def server_classes() -> tuple[type[Api], type[Config], type[Server]]:
-    """What serves: our routes, and uvicorn's configuration and server."""
+def server_classes() -> tuple[type[Api], type[Config], type[Server], type[TrustedPublishing]]:
+    """What serves: our routes, uvicorn's configuration and server, and the routes for CI jobs."""
     try:
         from uvicorn import Config, Server
 
         from exporter.rehearsal.api import Api
+        from exporter.rehearsal.oidc import TrustedPublishing
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         if package not in ("starlette", "uvicorn"):
@@ -121,4 +137,4 @@ def server_classes() -> tuple[type[Api], type[Config], type[Server]]:
             f"The rehearsal Hub needs the package {package}, which is not installed",
             "pip install 'export-model[rehearsal]'",
         ) from error
-    return Api, Config, Server
+    return Api, Config, Server, TrustedPublishing
