@@ -307,6 +307,27 @@ def test_no_ending_shows_the_token_even_in_debug_mode(
         assert warnings == (way == "--auth_token"), ending
 
 
+def test_nothing_is_asked_on_stdin(tmp_path: Path) -> None:
+    """Nor is an answer taken that nobody asked for: the libraries would ask whether to run the checkpoint's code."""
+    folder = Case("custom-zero2").copy(tmp_path)
+    code = next(folder.glob("modeling_*.py"))
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code.read_text()}")
+    read, write = os.pipe()
+    os.write(write, b"y\n" * 5)
+    subprocess.run(
+        [sys.executable, "-m", "exporter", "export", str(folder), "--rehearse", "--prompt_format", "none"],
+        cwd=ROOT,
+        stdin=read,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    os.close(write)
+    with os.fdopen(read, "rb") as unread:
+        assert unread.read() == b"y\n" * 5
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_bug_does_not_show_the_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     from exporter.cli import ending
 
