@@ -186,6 +186,9 @@ def test_a_trusted_publisher_that_cannot_release_is_told_before_any_work(
     HfApi(hub.endpoint, token=hub.token).create_repo(NAME)
     with pytest.raises(CredentialError, match="open pull request"):
         connect(Destination(NAME, create_pr=True), endpoint=hub.endpoint)
+    HfApi(hub.endpoint, token=hub.token).create_repo("Org/other")
+    with pytest.raises(CredentialError, match="HF_OIDC_RESOURCE=Org/model may not write to Org/other"):
+        connect(Destination("Org/other"), endpoint=hub.endpoint)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,12 @@ def ask_account(client: HubClient, destination: Destination) -> Mapping[str, Any
             raise
         account = {}
     require_write_access(account, destination)
+    resource = os.environ.get("HF_OIDC_RESOURCE")
+    if is_publisher(client.token) and resource and not _same_name(resource, destination.repo_id):
+        raise CredentialError(
+            f"The token for HF_OIDC_RESOURCE={resource} may not write to {destination.repo_id}",
+            f"Set HF_OIDC_RESOURCE to {destination.repo_id}, or unset it and give a token as HF_TOKEN.",
+        )
     if destination.create_pr and not account:
         raise CredentialError(
             "A trusted publisher's token has no name, so its open pull request could not be found again",
