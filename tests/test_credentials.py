@@ -110,19 +110,16 @@ def test_a_vocabulary_of_two_million_random_pieces_holds_none_and_takes_a_second
     alphabet = (string.ascii_letters + string.digits + "_-=/:@. ").encode()
     noise = os.urandom(30_000_000).translate(bytes(alphabet[byte % len(alphabet)] for byte in range(256)))
     pieces = b'",\n"'.join(noise[start : start + 15] for start in range(0, len(noise), 15))
-    begin = time.perf_counter()
+    begin = time.process_time()
     assert list(find_credentials(pieces, ["hf_" + "x" * 34])) == []
-    assert time.perf_counter() - begin < 10  # about one second on an idle core; quadratic would take hours
+    assert time.process_time() - begin < 10  # about one second on an idle core; quadratic would take hours
 
 
 @pytest.mark.parametrize("mark", [b"sk-", b"sk-proj-", b"://a:", b"api_key ", b"hf_a", b"-----BEGIN ", b"api_key=aaaa"])
 def test_the_time_is_linear_in_the_text(mark: bytes) -> None:
-    def seconds(count: int) -> float:
-        begin = time.perf_counter()
-        list(find_credentials(mark * count))
-        return time.perf_counter() - begin
-
-    assert min(seconds(160_000) for _ in range(2)) < 60 * min(seconds(10_000) for _ in range(3)) + 0.05
+    begin = time.process_time()
+    list(find_credentials(mark * 160_000))
+    assert time.process_time() - begin < 5  # a fraction of a second; quadratic would take minutes
 
 
 def test_the_token_of_the_run_is_found_whatever_its_form() -> None:

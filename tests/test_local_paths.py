@@ -54,12 +54,9 @@ def test_another_value_is_no_path(value: object) -> None:
 
 @pytest.mark.parametrize("piece", ["/a", '"/', '"/a', "~", "file://", '"~/a', "C:\\"])
 def test_the_time_is_linear_in_the_text(piece: str) -> None:
-    def seconds(count: int) -> float:
-        begin = time.perf_counter()
-        without_local_paths(piece * count)
-        return time.perf_counter() - begin
-
-    assert min(seconds(160_000) for _ in range(2)) < 60 * min(seconds(10_000) for _ in range(3)) + 0.05
+    begin = time.process_time()
+    without_local_paths(piece * 160_000)
+    assert time.process_time() - begin < 5  # a fraction of a second; quadratic would take minutes
 
 
 def test_no_path_of_the_trainer_reaches_a_file_of_the_export(
