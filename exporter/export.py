@@ -50,12 +50,12 @@ from exporter.hub import (
     has_token,
     known_tokens,
 )
+from exporter.inputs import Inputs
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
 from exporter.report import Report, package_versions
 from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
-from exporter.source import Source
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
@@ -178,13 +178,13 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         report.status = "planned"
         report.hub = _describe_forecast(connection, prepared) if connection is not None else None
         return
-    source = Source.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint.folder)
-    key = _staging_key(prepared, source, options)
+    inputs = Inputs.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint.folder)
+    key = _staging_key(prepared, inputs, options)
     with staging_folder(_place(options), key, _needed(prepared, options)) as staging:
         if taken_over := staging.journal.finished_bytes:
             console.note(f"An earlier run was interrupted; the {taken_over:,} bytes that it finished are taken over.")
         push = Push(connection, note=console.note) if connection is not None else None
-        files = write(prepared, source, staging, push, options, report, console)
+        files = write(prepared, inputs, staging, push, options, report, console)
         if options.verify == "load":
             with report.timed("load"):
                 prompt = prompt_of(prepared.vocabulary)
@@ -207,14 +207,14 @@ def _place(options: Options) -> Path:
     return private_place(hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16])
 
 
-def _staging_key(prepared: Prepared, source: Source, options: Options) -> str:
+def _staging_key(prepared: Prepared, inputs: Inputs, options: Options) -> str:
     """What a staged export is an export of: the same digest means the same bytes from the same files."""
     digest = hashlib.sha256(json.dumps([package_versions(), options.verify]).encode())
     for shard in prepared.plan.shards:
         digest.update(shard.name.encode() + shard.header)
     for name, text in sorted(prepared.texts.items()):
         digest.update(name.encode() + hashlib.sha256(text).digest())
-    for file in source.files.values():
+    for file in inputs.files.values():
         digest.update(json.dumps(asdict(file)).encode())
     return digest.hexdigest()
 
@@ -505,7 +505,7 @@ def _prompt_facts(vocabulary: Vocabulary) -> PromptFacts:
 
 def write(
     prepared: Prepared,
-    source: Source,
+    inputs: Inputs,
     staging: Staging,
     push: Push | None,
     options: Options,
@@ -517,7 +517,7 @@ def write(
         shards = write_shards(prepared.planned, staging, push, options, console)
         _require_finite(shards, options.allow_nonfinite)
         report.checks += _check_checksums(shards)
-        source.require_unchanged()
+        inputs.require_unchanged()
         files = [shard.file for shard in shards]
         files += [write_file(name, content, staging.folder) for name, content in sorted(prepared.texts.items())]
     report.checks += [
@@ -526,7 +526,7 @@ def write(
     ]
     manifest = Manifest(
         files=tuple(files),
-        source=_describe_source(source, report),
+        source=_describe_source(inputs, report),
         options=_content_options(options),
         versions=package_versions(),
         checks=tuple(asdict(check) for check in report.checks),
@@ -717,9 +717,9 @@ def _without_proxy() -> None:
 # What the report and the manifest say
 
 
-def _describe_source(source: Source, report: Report) -> dict[str, Any]:
+def _describe_source(inputs: Inputs, report: Report) -> dict[str, Any]:
     facts = {key: report.checkpoint[key] for key in ("format", "zero_stage", "world_size", "tag", "step", "weights")}
-    return facts | {"files": [file.describe() for file in source.files.values()]}
+    return facts | {"files": [file.describe() for file in inputs.files.values()]}
 
 
 def _describe_forecast(connection: Connection, prepared: Prepared) -> dict[str, Any]:

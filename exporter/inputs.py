@@ -15,7 +15,7 @@ _FINGERPRINT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
-class SourceFile:
+class InputFile:
     """A file as it was when it was looked at: its name in the checkpoint folder, size in bytes, fingerprint, mtime.
 
     The fingerprint is a sha256 of the file's first and last 64 KiB: a safetensors header lies at the start, the
@@ -33,13 +33,13 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class Source:
+class Inputs:
     """Every file that an export's tensors are read from, by its path."""
 
-    files: dict[Path, SourceFile]
+    files: dict[Path, InputFile]
 
     @classmethod
-    def of(cls, tensors: Iterable[LazyTensor], folder: Path) -> Source:
+    def of(cls, tensors: Iterable[LazyTensor], folder: Path) -> Inputs:
         """The files of ``tensors`` as they are now, sorted by name; ``folder`` is the checkpoint's."""
         paths = frozenset().union(*(tensor.paths for tensor in tensors))
         found = {path: _look(path, folder) for path in paths}
@@ -64,7 +64,7 @@ class Source:
                 )
 
 
-def _look(path: Path, folder: Path) -> SourceFile:
+def _look(path: Path, folder: Path) -> InputFile:
     status = path.stat()
     with path.open("rb") as file:
         start = file.read(_FINGERPRINT_BYTES)
@@ -72,4 +72,4 @@ def _look(path: Path, folder: Path) -> SourceFile:
         fingerprint = hashlib.sha256(start + file.read()).hexdigest()
     inside = path.is_relative_to(folder)
     name = path.relative_to(folder).as_posix() if inside else f"{path.parent.name}/{path.name}"
-    return SourceFile(name, status.st_size, fingerprint, status.st_mtime_ns)
+    return InputFile(name, status.st_size, fingerprint, status.st_mtime_ns)
