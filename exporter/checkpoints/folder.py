@@ -19,6 +19,9 @@ MAX_JSON_MARKS = 8_000_000
 
 MAX_NAME_LENGTH = 1024
 
+_SHARED_BLOBS = ".huggingface-shared-blobs"
+"""The file by which huggingface_hub 2.4 marks its folder of shared blobs."""
+
 
 def regular_size(path: Path) -> int:
     """Size of ``path`` in bytes.
@@ -60,12 +63,21 @@ def is_name(value: Any) -> bool:
 
 
 def _may_follow(link: Path) -> bool:
-    """Whether ``link`` stays in its folder, or leads from ``snapshots`` to ``blobs`` of one repository's Hub cache."""
+    """Whether ``link`` stays in its folder, or leads from ``snapshots`` to ``blobs`` of one Hub cache.
+
+    huggingface_hub keeps a repository's blobs beside its snapshots; those that are large are since 2.x links to blobs
+    that all repositories share, ``blobs/ab/abcd…`` beside the repositories.
+    """
     target, folder = link.resolve(), link.parent.resolve()
     if target.is_relative_to(folder):
         return True
     repository = next((parent.parent for parent in folder.parents if parent.name == "snapshots"), None)
-    return repository is not None and target.parent == repository / "blobs"
+    if repository is None:
+        return False
+    shared = repository.parent / "blobs"
+    return target.parent == repository / "blobs" or (
+        target.parent.parent == shared and (shared / _SHARED_BLOBS).is_file()
+    )
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
