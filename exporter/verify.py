@@ -182,26 +182,38 @@ def _load_and_run(folder: Path, prompt: str, trust_remote_code: bool) -> str:
     local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
     config = transformers.AutoConfig.from_pretrained(folder, **local)
-    model, info = _auto_class(config).from_pretrained(folder, dtype="auto", output_loading_info=True, **local)
+    model, info = _model_class(config, trust_remote_code).from_pretrained(
+        folder, dtype="auto", output_loading_info=True, **local
+    )
     faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if faults:
         raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-    if not model.can_generate():
-        model(**encoded)
-        return "loads with every weight in its place, and runs"
-    generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
-    count = generated.shape[1] - encoded["input_ids"].shape[1]
-    return f"loads with every weight in its place, and generates {count} tokens"
+    done = _generate(model, tokenizer, prompt) if model.can_generate() else _run(model, tokenizer, prompt)
+    return f"loads with every weight in its place, and {done}"
 
 
-def _auto_class(config: Any) -> Any:
-    """The Auto class for the config's architecture."""
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that the config names, or for custom code that may run the Auto class that finds it."""
     import transformers
 
     name = str((config.architectures or [""])[0])
-    if name.endswith("ForSequenceClassification"):
-        return transformers.AutoModelForSequenceClassification
-    if name.endswith("ForConditionalGeneration"):
-        return transformers.AutoModelForSeq2SeqLM
-    return transformers.AutoModelForCausalLM
+    own = getattr(config, "auto_map", None) or {}
+    auto = next((key for key, entry in own.items() if str(entry).rpartition(".")[2] == name), None)
+    if auto and trust_remote_code:
+        return getattr(transformers, auto)
+    return getattr(transformers, name, transformers.AutoModelForCausalLM)
+
+
+def _generate(model: Any, tokenizer: Any, prompt: str) -> str:
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
+    given = 1 if model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+    return f"generates {generated.shape[1] - given} tokens"
+
+
+def _run(model: Any, tokenizer: Any, prompt: str) -> str:
+    """One forward pass; the text is ended, since encoder-decoders classify what they see at its end."""
+    text = prompt + (tokenizer.eos_token or "")
+    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+    model(**encoded)
+    return "runs"
