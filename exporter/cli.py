@@ -33,6 +33,7 @@ DTYPES |= {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 NOT_ON_CARD = frozenset(
     [
+        "cache_dir",
         "no_publish",
         "output_folder",
         "private",
@@ -106,6 +107,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 checkpoint_options = options(
     option("--tag", metavar="TAG", help="DeepSpeed tag, instead of what `latest` names."),
     option("--trust_remote_code", is_flag=True, help="Let this process import the checkpoint's own Python files."),
+    option(
+        "--cache_dir", type=click.Path(path_type=Path), metavar="DIR", help="Where downloads from the Hub are kept."
+    ),
 )
 """Which checkpoint, and what of it."""
 
@@ -202,7 +206,10 @@ result_options = options(
 @click.version_option(__version__, package_name="export-model")
 @click.pass_context
 def export(ctx: click.Context, /, **values: Any) -> None:
-    """Export CHECKPOINT, a DeepSpeed or Hugging Face folder or a training run's output, as a model repository."""
+    """Export CHECKPOINT as a model repository.
+
+    CHECKPOINT is a DeepSpeed or Hugging Face folder, a training run's output, or NAMESPACE/NAME[@REVISION] on the Hub.
+    """
     if not (values["hf_repo_name"] or values["output_folder"] or values["rehearse"] or values["dry_run"]):
         raise click.UsageError("Say where to: --hf_repo_name, --output_folder, --rehearse or --dry_run.")
     if values["report"] and values["output_folder"] and _is_inside(values["report"], values["output_folder"]):
@@ -223,14 +230,21 @@ def export(ctx: click.Context, /, **values: Any) -> None:
 @checkpoint_options
 @result_options
 def inspect(
-    checkpoint: Path, tag: str | None, trust_remote_code: bool, report: Path | None, as_json: bool, quiet: bool
+    checkpoint: Path,
+    tag: str | None,
+    trust_remote_code: bool,
+    cache_dir: Path | None,
+    report: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Say what CHECKPOINT holds; no tensor data is read."""
     with ending(report, as_json) as findings:
         from exporter.console import Console
+        from exporter.hub import HubAccess
         from exporter.inspection import run_inspect
 
-        run_inspect(checkpoint, tag, findings, Console(quiet))
+        run_inspect(checkpoint, tag, HubAccess(cache=cache_dir, bars=not quiet), findings, Console(quiet))
     _print_result(findings, as_json, _inspect_lines)
 
 
@@ -246,6 +260,7 @@ def verify(
     load: bool,
     tag: str | None,
     trust_remote_code: bool,
+    cache_dir: Path | None,
     report: Path | None,
     as_json: bool,
     quiet: bool,
@@ -259,12 +274,14 @@ def verify(
         raise click.UsageError("--checkpoint and --load need a folder: download the repository first.")
     with ending(report, as_json) as findings:
         from exporter.console import Console
+        from exporter.hub import HubAccess
         from exporter.proof import ProofOptions, prove_on_hub, run_verify
 
         if published:
             prove_on_hub(published["repo_id"], published["revision"] or "main", findings)
         else:
-            run_verify(ProofOptions(folder, checkpoint, tag, load, trust_remote_code), findings, Console(quiet))
+            access = HubAccess(cache=cache_dir, bars=not quiet)
+            run_verify(ProofOptions(folder, checkpoint, tag, load, trust_remote_code, access), findings, Console(quiet))
     _print_result(findings, as_json, _verify_lines)
 
 
@@ -345,7 +362,7 @@ def _position(ctx: click.Context) -> Callable[[click.Parameter], int]:
 
 def _card_words(parameter: click.Parameter, value: Any) -> str:
     if parameter.name == "checkpoint":
-        return "<output_path>"
+        return "<output_path>" if value.exists() else str(value)
     if parameter.name == "auth_token":
         return "--auth_token <auth_token>"
     if parameter.name in NOT_ON_CARD or value is None or value is False:

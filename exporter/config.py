@@ -1,4 +1,4 @@
-"""config.json, generation_config.json and the checkpoint's own code: edited as JSON, never re-made.
+"""config.json and generation_config.json: edited as JSON, never re-made.
 
 Loading a config into its class and saving it again drops and renames keys that other readers need. Only what the
 export changes is changed: the dtype, the rows of the vocabulary, the special token ids, and what only this machine can
@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.folder import read_json, regular_size
+from exporter.checkpoints.folder import read_json
+from exporter.code import localize
 from exporter.errors import CheckpointError, RefusedError
 from exporter.local_paths import is_local_path
 from exporter.tensors import DType
@@ -78,8 +79,8 @@ def edit_config(config: Mapping[str, Any], *, vocabulary: Vocabulary, rows: int 
         _copy_rope(part)
     for part in (edited, *([] if _text_part(edited) is edited else [_text_part(edited)])):
         _agree_on_tokens(part, vocabulary)
-    for key, entry in (edited.get("auto_map") or {}).items():
-        edited["auto_map"][key] = _localize(entry)
+    if edited.get("auto_map"):
+        edited["auto_map"] = localize(edited["auto_map"])
     return edited
 
 
@@ -117,56 +118,6 @@ def edit_generation_config(
 def dump_json(value: Mapping[str, Any]) -> bytes:
     """JSON as Hugging Face libraries write it."""
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def code_files(folder: Path, config: Mapping[str, Any], *others: Mapping[str, Any]) -> dict[str, bytes]:
-    """The Python files that the auto_map of ``config`` (and of ``others``) names, and what they import from beside
-    them, by name. They are read as text; nothing is imported.
-
-    Raises:
-        CheckpointError: an auto_map is no object.
-        RefusedError: a module that is named or imported does not lie in the folder.
-    """
-    from transformers.dynamic_module_utils import get_relative_imports
-
-    wanted = [
-        (str(_localize(entry)).partition(".")[0], f"auto_map names {entry}")
-        for source in (config, *others)
-        for entry in _entries(source)
-    ]
-    files: dict[str, bytes] = {}
-    while wanted:
-        module, reason = wanted.pop()
-        name = f"{module}.py"
-        if name in files:
-            continue
-        if not module.isidentifier() or not (folder / name).exists():
-            raise RefusedError(
-                f"{reason}, but {name} is not in the checkpoint folder.",
-                f"Copy {name} there, with the files that it imports.",
-            )
-        regular_size(folder / name)
-        files[name] = (folder / name).read_bytes()
-        wanted += [(imported, f"{name} imports .{imported}") for imported in get_relative_imports(folder / name)]
-    return files
-
-
-def _entries(config: Mapping[str, Any]) -> list[str]:
-    auto_map = config.get("auto_map") or {}
-    if not isinstance(auto_map, dict):
-        raise CheckpointError(
-            f"An auto_map is {auto_map!r}, and not an object of class names.",
-            "Take config.json and tokenizer_config.json of the model that was trained.",
-        )
-    values = [entry for value in auto_map.values() for entry in (value if isinstance(value, list) else [value])]
-    return [entry for entry in values if isinstance(entry, str)]
-
-
-def _localize(entry: Any) -> Any:
-    """``other/repo--module.Class`` as ``module.Class``; an entry may be a list with None in it."""
-    if isinstance(entry, list):
-        return [_localize(item) for item in entry]
-    return entry.rpartition("--")[2] if isinstance(entry, str) else entry
 
 
 def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:

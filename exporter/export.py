@@ -24,10 +24,10 @@ from exporter.card import (
     read_training_facts,
     render_card,
 )
-from exporter.checkpoints import Checkpoint, WeightsChoice, open_checkpoint
+from exporter.checkpoints import Checkpoint, WeightsChoice
 from exporter.checksums import check_members
+from exporter.code import read_code
 from exporter.config import (
-    code_files,
     dump_json,
     edit_config,
     edit_generation_config,
@@ -42,6 +42,7 @@ from exporter.errors import CheckpointError, RefusedError, UsageError
 from exporter.hub import (
     Connection,
     Destination,
+    HubAccess,
     OutgoingFile,
     Publication,
     Push,
@@ -54,8 +55,10 @@ from exporter.inputs import Inputs
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
+from exporter.processor import read_processor
 from exporter.report import Report, package_versions
 from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
+from exporter.source import CodeElsewhere, find_model, open_source
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
@@ -98,12 +101,17 @@ class Options:
     dry_run: bool = False
     verify: str = "source"
     jobs: int = 1
+    cache_dir: Path | None = None
     command: str = ""
 
     @property
     def repo_name(self) -> str | None:
         """The repository that the card names; a rehearsal without a name gets one."""
         return self.hf_repo_name or ("rehearsal/model" if self.rehearse else None)
+
+    @property
+    def access(self) -> HubAccess:
+        return HubAccess(token=self.auth_token, cache=self.cache_dir)
 
     @property
     def publishes(self) -> bool:
@@ -143,12 +151,16 @@ class PlannedWeights:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that is known before the first byte is written; ``texts`` are all files but the weights."""
+    """Everything that is known before the first byte is written; ``texts`` are all files but the weights.
+
+    ``code_commits`` are the repositories that code was taken from, each with its commit.
+    """
 
     checkpoint: Checkpoint
     vocabulary: Vocabulary
     planned: PlannedWeights
     texts: Mapping[str, bytes]
+    code_commits: Mapping[str, str]
 
     @property
     def plan(self) -> ExportPlan:
@@ -164,10 +176,10 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     destination = options.destination if options.repo_name else None
     if options.no_publish and options.output_folder is None and not options.dry_run:
         raise UsageError("--no_publish leaves nothing behind without a folder.", "Add --output_folder.")
-    if not options.checkpoint.exists():
-        raise UsageError(f"There is no checkpoint {options.checkpoint.name!r}.", "Name the folder that was trained.")
+    is_folder = find_model(options.checkpoint) is None
     if options.output_folder is not None:
-        check_output_folder(options.output_folder, options.checkpoint, options.overwrite)
+        source = options.checkpoint if is_folder else options.access.cache_folder
+        check_output_folder(options.output_folder, source, options.overwrite)
     with report.timed("prepare"):
         prepared = prepare(options, report, console)
     card = prepared.texts["README.md"].decode()
@@ -252,7 +264,8 @@ def _connect(
 
 def prepare(options: Options, report: Report, console: Console) -> Prepared:
     """Open the checkpoint, settle the tokenizer, match the weights with the architecture, plan every file."""
-    checkpoint = open_checkpoint(options.checkpoint, options.tag)
+    access = replace(options.access, bars=not console.quiet)
+    checkpoint = open_source(options.checkpoint, options.tag, access, console)
     for note in checkpoint.notes:
         console.note(note)
     config, generation_config = read_config(checkpoint.folder), read_generation_config(checkpoint.folder)
@@ -263,7 +276,8 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
         config=config,
         generation_config=generation_config,
     )
-    code = code_files(checkpoint.folder, config, json.loads(vocabulary.files.get("tokenizer_config.json", b"{}")))
+    elsewhere = CodeElsewhere(access, console)
+    code = read_code(checkpoint.folder, elsewhere if options.trust_remote_code else None)
     planned = plan_weights(options, checkpoint, config, code, vocabulary)
     for note in planned.notes:
         console.warn(note)
@@ -272,6 +286,7 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
     report.tensors = _describe_tensors(planned)
     edited = edit_config(planned.config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
     texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
+    texts |= read_processor(checkpoint.folder)
     generation = edit_generation_config(generation_config, config, vocabulary)
     if generation is not None:
         texts["generation_config.json"] = dump_json(generation)
@@ -281,7 +296,7 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
     texts["README.md"] = render_card(facts, options.card_template).encode()
     require_no_credentials(_given_texts(options, facts) | texts, known_tokens(options.auth_token))
     report.output = _describe_plan(planned, texts)
-    return Prepared(checkpoint, vocabulary, planned, texts)
+    return Prepared(checkpoint, vocabulary, planned, texts, elsewhere.commits)
 
 
 def plan_weights(
@@ -438,7 +453,7 @@ def card_facts(
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return CardFacts(
         repo_name=options.repo_name,
-        base_model=options.base_model or known.base_model,
+        base_model=options.base_model or _exported_model(options, checkpoint) or known.base_model,
         license=options.license or known.license,
         languages=options.languages or known.languages,
         datasets=options.datasets or known.datasets,
@@ -462,6 +477,11 @@ def _given_texts(options: Options, facts: CardFacts) -> dict[str, bytes]:
     given = {"--train_command": options.train_command, "--commit_message": options.commit_message}
     given |= {config.name: config.text for config in facts.training_configs}
     return {name: text.encode() for name, text in given.items() if text}
+
+
+def _exported_model(options: Options, checkpoint: Checkpoint) -> str | None:
+    """The model on the Hub that is exported; not where it is published to its own place again."""
+    return checkpoint.repo_id if checkpoint.repo_id != options.repo_name else None
 
 
 def _read_text(path: Path) -> str:
@@ -526,7 +546,7 @@ def write(
     ]
     manifest = Manifest(
         files=tuple(files),
-        source=_describe_source(inputs, report),
+        source=_describe_source(prepared, inputs, report),
         options=_content_options(options),
         versions=package_versions(),
         checks=tuple(asdict(check) for check in report.checks),
@@ -717,8 +737,11 @@ def _without_proxy() -> None:
 # What the report and the manifest say
 
 
-def _describe_source(inputs: Inputs, report: Report) -> dict[str, Any]:
+def _describe_source(prepared: Prepared, inputs: Inputs, report: Report) -> dict[str, Any]:
     facts = {key: report.checkpoint[key] for key in ("format", "zero_stage", "world_size", "tag", "step", "weights")}
+    facts |= {key: report.checkpoint[key] for key in ("repo_id", "revision") if report.checkpoint[key] is not None}
+    if prepared.code_commits:
+        facts["code"] = dict(prepared.code_commits)
     return facts | {"files": [file.describe() for file in inputs.files.values()]}
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints import Checkpoint, open_checkpoint
+from exporter.checkpoints import Checkpoint
 from exporter.console import Console
+from exporter.hub import HubAccess
 from exporter.report import Report
+from exporter.source import open_source
 
 
-def run_inspect(path: Path, tag: str | None, report: Report, console: Console) -> None:
+def run_inspect(path: Path, tag: str | None, access: HubAccess, report: Report, console: Console) -> None:
     """Fill the report's ``checkpoint`` with what ``path`` holds.
 
     Raises:
-        ExportError: as :func:`exporter.checkpoints.open_checkpoint` raises it; it names what is missing.
+        ExportError: as :func:`exporter.source.open_source` raises it; it names what is missing.
     """
-    checkpoint = open_checkpoint(path, tag)
+    checkpoint = open_source(path, tag, access, console)
     for note in checkpoint.notes:
         console.note(note)
     report.checkpoint = describe(checkpoint, "model" if checkpoint.master is None else "master")
@@ -36,6 +38,8 @@ def describe(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
         "world_size": checkpoint.world_size,
         "tag": checkpoint.tag,
         "step": checkpoint.step,
+        "repo_id": checkpoint.repo_id,
+        "revision": checkpoint.revision,
         "weights": weights,
         "tensors": len(tensors),
         "parameters": sum(tensor.numel for tensor in tensors.values()),

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints import open_checkpoint
 from exporter.checkpoints.folder import read_json
-from exporter.config import code_files, read_config, read_generation_config
+from exporter.code import read_code
+from exporter.config import read_config, read_generation_config
 from exporter.console import Console
 from exporter.errors import UsageError, VerificationError
 from exporter.export import Options, plan_weights, prompt_of
-from exporter.hub import prove_published
+from exporter.hub import HubAccess, prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.report import Report
+from exporter.source import open_source
 from exporter.tokenizer import Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
 
@@ -32,6 +33,7 @@ class ProofOptions:
     tag: str | None = None
     load: bool = False
     trust_remote_code: bool = False
+    access: HubAccess = field(default_factory=HubAccess)
 
 
 def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
@@ -96,9 +98,10 @@ def _own_vocabulary(folder: Path) -> Vocabulary:
 
 def _check_source(options: ProofOptions, path: Path, vocabulary: Vocabulary, report: Report, console: Console) -> Check:
     """Plan the same export again, and compare each of its tensors with the folder's."""
-    checkpoint = open_checkpoint(path, options.tag or _manifest(options.folder, "source").get("tag"))
+    source = _manifest(options.folder, "source")
+    checkpoint = open_source(_recorded(path, source), options.tag or source.get("tag"), options.access, console)
     config = read_config(checkpoint.folder)
-    code = code_files(checkpoint.folder, config, json.loads(vocabulary.files.get("tokenizer_config.json", b"{}")))
+    code = read_code(options.folder)
     planned = plan_weights(_export_options(options, path), checkpoint, config, code, vocabulary)
     report.checkpoint = describe(checkpoint, planned.weights)
     names = {shard.name for shard in planned.plan.shards}
@@ -112,6 +115,12 @@ def _check_source(options: ProofOptions, path: Path, vocabulary: Vocabulary, rep
             check_shard(shard, options.folder, progress)
     count = len(planned.plan.tensors)
     return Check("source", "passed", f"{count} tensors equal the checkpoint bit for bit after the cast")
+
+
+def _recorded(path: Path, source: Mapping[str, Any]) -> Path:
+    """``path``; of a model on the Hub the commit that was exported, where no revision is given."""
+    is_same = str(path) == source.get("repo_id") and not path.exists()
+    return Path(f"{path}@{source.get('revision')}") if is_same else path
 
 
 def _export_options(options: ProofOptions, path: Path) -> Options:

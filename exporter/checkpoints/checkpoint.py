@@ -20,7 +20,8 @@ class Checkpoint:
     ``model`` are the model's own weights (for DeepSpeed its 16-bit copy), ``master`` the optimizer's fp32 ones; each
     maps names to lazy tensors and is None where the checkpoint has none. ``aliases`` maps a tied name to the name that
     is stored. ``folder`` holds config.json and the tokenizer. ``is_trained_alone`` says that the save holds no frozen
-    parameter: what it lacks was left out of it.
+    parameter: what it lacks was left out of it. ``repo_id`` and ``revision`` (a commit) are those of the repository on
+    the Hub that it was downloaded from.
     """
 
     format: str
@@ -35,6 +36,8 @@ class Checkpoint:
     deepspeed_config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     is_trained_alone: bool = False
+    repo_id: str | None = None
+    revision: str | None = None
 
     def choose(self, weights: WeightsChoice, is_exact: Callable[[str, DType], bool]) -> Literal["master", "model"]:
         """Which of the two sets of weights an export reads.

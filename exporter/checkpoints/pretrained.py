@@ -13,7 +13,7 @@ from exporter.checkpoints.torch_file import read_torch_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.tensors import LazyTensor
 
-_LAYOUTS = (
+LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
@@ -22,8 +22,8 @@ _LAYOUTS = (
 
 def is_pretrained(folder: Path) -> bool:
     """Whether ``folder`` holds weights as ``save_pretrained`` writes them."""
-    return any((folder / name).exists() for layout in _LAYOUTS for name in layout) or any(
-        _shards(folder, single) for single, _ in _LAYOUTS
+    return any((folder / name).exists() for layout in LAYOUTS for name in layout) or any(
+        _shards(folder, single) for single, _ in LAYOUTS
     )
 
 
@@ -42,7 +42,7 @@ def open_pretrained(folder: Path, tag: str | None) -> Checkpoint:
 
 def read_pretrained(folder: Path) -> Mapping[str, LazyTensor]:
     """The tensors of the weight files that from_pretrained would take from ``folder``, by name."""
-    for single, index in _LAYOUTS:
+    for single, index in LAYOUTS:
         has_single, has_index = (folder / single).exists(), (folder / index).exists()
         shards = _shards(folder, single)
         if has_single and (has_index or shards):

@@ -16,12 +16,14 @@ upload.py        large files, ahead of the commit; Xet or LFS
 arrival.py       whether a revision on the Hub is an export, whole and readable
 transaction.py   the push
 download.py      a published revision, read back
+checkout.py      a repository to export from, downloaded file by file
 """
 
 from __future__ import annotations
 
 from exporter.hub.account import has_token, known_tokens
 from exporter.hub.arrival import Proven, prove_published
+from exporter.hub.checkout import Checkout, HubAccess, ModelId, check_out
 from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
 from exporter.hub.download import download
@@ -29,15 +31,19 @@ from exporter.hub.push import Forecast, OutgoingFile, PushPlan, RemoteFile, plan
 from exporter.hub.transaction import Publication, Push
 
 __all__ = [
+    "Checkout",
     "Connection",
     "Destination",
     "Forecast",
+    "HubAccess",
+    "ModelId",
     "OutgoingFile",
     "Proven",
     "Publication",
     "Push",
     "PushPlan",
     "RemoteFile",
+    "check_out",
     "connect",
     "download",
     "has_token",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.folder import regular_size
+from exporter.checkpoints.folder import read_json, regular_size
 from exporter.errors import CheckpointError
 from exporter.local_paths import is_local_path
 
@@ -20,6 +20,7 @@ CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
+PROCESSOR_TEMPLATE = "chat_template.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 TEKKEN = "tekken.json"
 
@@ -110,7 +111,11 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles:
             where it should be one.
     """
     names = (*JSON_NAMES, TEMPLATE, *SLOW_NAMES, *_named_templates(folder))
-    files = TokenizerFiles({name: _read(folder, name) for name in names if _is_there(folder / name)})
+    contents = {name: _read(folder, name) for name in names if _is_there(folder / name)}
+    template = _processor_template(folder)
+    if template is not None:
+        contents[TEMPLATE] = template.encode("utf-8", "surrogatepass")
+    files = TokenizerFiles(contents)
     if not any(name in files for name in (TOKENIZER, *SLOW_NAMES)):
         raise CheckpointError(
             "There is no tokenizer in the checkpoint folder: neither tokenizer.json nor another vocabulary file.",
@@ -157,6 +162,17 @@ def _localize(entry: Any) -> Any:
     if isinstance(entry, list):
         return [_localize(value) for value in entry]
     return entry.rpartition("--")[2] if isinstance(entry, str) else entry
+
+
+def _processor_template(folder: Path) -> str | None:
+    """The chat template that only a processor reads; it goes before the tokenizer's (transformers 5.24)."""
+    for name in ("processor_config.json", PROCESSOR_TEMPLATE):
+        template = read_json(folder / name).get("chat_template") if _is_there(folder / name) else None
+        if template is not None and not isinstance(template, str):
+            raise CheckpointError(f"{name} has a chat_template that is not a text.", _REPAIR)
+        if template is not None:
+            return template
+    return None
 
 
 def _named_templates(folder: Path) -> Sequence[str]:

@@ -1,0 +1,139 @@
+"""Where a checkpoint is: in a folder, or in a model repository on the Hub, which is downloaded into the cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from exporter.checkpoints import Checkpoint, open_checkpoint
+from exporter.checkpoints.folder import read_json
+from exporter.checkpoints.pretrained import LAYOUTS, open_pretrained
+from exporter.code import imports, named_modules
+from exporter.console import Console
+from exporter.errors import CheckpointError, RefusedError, UsageError
+from exporter.hub import Checkout, HubAccess, ModelId, check_out
+from exporter.processor import PROCESSOR_FILES
+from exporter.tokenizer import TEMPLATE_FOLDER, TOKENIZER_FILES
+
+_RUN_FOLDER = re.compile(r"checkpoint-\d+")
+
+
+def find_model(path: Path) -> ModelId | None:
+    """The model on the Hub that ``path`` means; None where it is a folder.
+
+    What is there is a folder. ``NAME/checkpoint-N``, and a name beside others that are there, is a folder with a typing
+    error, unless it has a revision.
+
+    Raises:
+        UsageError: there is no such folder, and it cannot be a model on the Hub.
+    """
+    if path.exists():
+        return None
+    model = ModelId.parse(str(path))
+    if model is None or (model.revision is None and (path.parent.exists() or _RUN_FOLDER.fullmatch(path.name))):
+        raise UsageError(
+            f"There is no checkpoint {path.name!r}.",
+            "Name the folder that was trained, or a model on the Hub: NAMESPACE/NAME@main.",
+        )
+    return model
+
+
+def open_source(path: Path, tag: str | None, access: HubAccess, console: Console) -> Checkpoint:
+    """The checkpoint in the folder ``path``, or of the model on the Hub that it names.
+
+    Raises:
+        UsageError: there is neither.
+        CheckpointError, RefusedError: as :func:`exporter.checkpoints.open_checkpoint` raises them.
+        CredentialError, HubUnreachableError: as the Hub answers.
+    """
+    model = find_model(path)
+    if model is None:
+        return open_checkpoint(path, tag)
+    checkout = check_out(model, access)
+    console.note(f"{model} is commit {checkout.commit}.")
+    checkout.fetch(_small_files(checkout))
+    checkout.fetch(_weight_files(checkout))
+    _fetch_code(checkout)
+    # Only these files count: what else the cache has of the repository depends on what this machine did before.
+    opened = open_pretrained(checkout.folder, tag)
+    return replace(opened, repo_id=checkout.repo_id, revision=checkout.commit)
+
+
+def _small_files(checkout: Checkout) -> list[str]:
+    """The files beside the weights: configs, tokenizer, processor, and the card, whose license still holds."""
+    names = {"config.json", "generation_config.json", "README.md", *TOKENIZER_FILES, *PROCESSOR_FILES}
+    return sorted(name for name in checkout.files if name in names or name.startswith(f"{TEMPLATE_FOLDER}/"))
+
+
+def _weight_files(checkout: Checkout) -> Iterator[str]:
+    """The weight files that from_pretrained would take, and their index before them."""
+    for single, index in LAYOUTS:
+        if single in checkout.files:
+            yield single
+            return
+        if index in checkout.files:
+            yield index
+            yield from sorted(_shards(checkout, index) & checkout.files)
+            return
+    if "adapter_config.json" in checkout.files:
+        raise RefusedError(
+            f"{checkout.repo_id} is an adapter without its base model.", "Download it, and name its folder."
+        )
+    raise CheckpointError(
+        f"{checkout.repo_id} has neither model.safetensors nor pytorch_model.bin, whole or in shards.",
+        "Name a model repository with such weights.",
+    )
+
+
+def _shards(checkout: Checkout, index: str) -> set[str]:
+    weight_map = read_json(checkout.folder / index).get("weight_map")
+    return {file for file in weight_map.values() if isinstance(file, str)} if isinstance(weight_map, dict) else set()
+
+
+def _fetch_code(checkout: Checkout) -> None:
+    """The modules that the configs name, and what they import, as far as the repository has them."""
+    wanted = [module.file for module in named_modules(checkout.folder)]
+    seen: set[str] = set()
+    while wanted:
+        file = wanted.pop()
+        if file in checkout.files and file not in seen:
+            seen.add(file)
+            checkout.fetch([file])
+            wanted += [f"{name}.py" for name in imports(file, (checkout.folder / file).read_bytes())]
+
+
+@dataclass
+class CodeElsewhere:
+    """Reads modules of other repositories, each at the commit that its default branch has at the first question.
+
+    ``commits`` are those commits, by repository.
+    """
+
+    access: HubAccess
+    console: Console
+    _checkouts: dict[str, Checkout] = field(default_factory=dict)
+
+    @property
+    def commits(self) -> dict[str, str]:
+        return {name: checkout.commit for name, checkout in sorted(self._checkouts.items())}
+
+    def __call__(self, repository: str, file: str) -> bytes:
+        """The content of the Python file ``file``.
+
+        Raises:
+            UsageError: there is no such repository, as far as the token may see.
+            RefusedError: the repository has no such file.
+        """
+        if repository not in self._checkouts:
+            self._checkouts[repository] = check_out(ModelId(repository), self.access, file)
+            self.console.note(f"The code of {repository} is published too, as of {self._checkouts[repository].commit}.")
+        checkout = self._checkouts[repository]
+        if file not in checkout.files:
+            raise RefusedError(
+                f"The code of {repository} needs {file}, which that repository does not have.",
+                "Copy the code beside config.json, with the modules that it imports.",
+            )
+        checkout.fetch([file])
+        return (checkout.folder / file).read_bytes()
