@@ -497,8 +497,12 @@ def _context_length(config: Mapping[str, Any]) -> int | None:
 
 
 def _pipeline_tag(class_name: str) -> str | None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
     if class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "text-generation"
+    if class_name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+        return "image-text-to-text"
     return "text-classification" if class_name.endswith("ForSequenceClassification") else None
 
 

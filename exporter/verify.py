@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from exporter.architecture import quiet_library
 from exporter.errors import CheckpointError, RefusedError, VerificationError
 from exporter.plan import PlannedTensor, Shard
+from exporter.processor import PROCESSOR_FILES
 from exporter.shards import Progress, WrittenFile, cast_blocks
 from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles
 
@@ -189,7 +190,20 @@ def _load_and_run(folder: Path, prompt: str, trust_remote_code: bool) -> str:
     if faults:
         raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
     done = _generate(model, tokenizer, prompt) if model.can_generate() else _run(model, tokenizer, prompt)
-    return f"loads with every weight in its place, and {done}"
+    return f"loads with every weight in its place, and {done}{_load_processor(folder, local)}"
+
+
+def _load_processor(folder: Path, local: Mapping[str, Any]) -> str:
+    """What is to be said of the model's processor; nothing where it has none."""
+    from transformers import AutoProcessor
+
+    if not any((folder / name).exists() for name in PROCESSOR_FILES):
+        return ""
+    try:
+        AutoProcessor.from_pretrained(folder, **local)
+    except ImportError:
+        return "; its processor was not loaded, since that takes packages that are not installed here"
+    return "; its processor loads"
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -205,15 +219,18 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _generate(model: Any, tokenizer: Any, prompt: str) -> str:
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-    generated = model.generate(**encoded, max_new_tokens=8, do_sample=False)
-    given = 1 if model.config.is_encoder_decoder else encoded["input_ids"].shape[1]
+    ids = _token_ids(tokenizer, prompt)
+    generated = model.generate(ids, max_new_tokens=8, do_sample=False)
+    given = 1 if model.config.is_encoder_decoder else ids.shape[1]
     return f"generates {generated.shape[1] - given} tokens"
 
 
 def _run(model: Any, tokenizer: Any, prompt: str) -> str:
     """One forward pass; the text is ended, since encoder-decoders classify what they see at its end."""
-    text = prompt + (tokenizer.eos_token or "")
-    encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-    model(**encoded)
+    model(_token_ids(tokenizer, prompt + (tokenizer.eos_token or "")))
     return "runs"
+
+
+def _token_ids(tokenizer: Any, text: str) -> Any:
+    """The text as a batch of one, [1, tokens], int64. That is all that custom code is sure to take."""
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from safetensors.torch import load_file
 
+from exporter import cli
 from exporter.errors import CheckpointError, CredentialError, ExportError, HubUnreachableError, RefusedError, UsageError
 from exporter.hub import client as hub_client
 from exporter.proof import ProofOptions, run_verify
@@ -237,3 +239,72 @@ def test_a_folder_with_a_typing_error_is_not_looked_for_on_the_hub(
     assert str(find_model(Path("runs/falcn@main"))) == "runs/falcn@main"
     assert find_model(Path("org/falcon@refs/pr/1")).revision == "refs/pr/1"  # type: ignore[union-attr]
     assert find_model(Path("org/falcon")).revision is None  # type: ignore[union-attr]
+
+
+def custom_checkpoint(place: Path, repository: str) -> tuple[Path, dict[str, bytes | Path]]:
+    """A checkpoint whose code lies in ``repository``, and that code."""
+    folder = Case("custom-zero2").copy(place)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {key: f"{repository}--{entry}" for key, entry in config["auto_map"].items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    code: dict[str, bytes | Path] = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    for name in code:
+        (folder / name).unlink()
+    return folder, code
+
+
+def test_code_of_another_repository_is_published_at_the_commit_that_was_seen(
+    hub: RehearsalHub, export: Export, cache: Path, tmp_path: Path
+) -> None:
+    checkpoint, code = custom_checkpoint(tmp_path, "org/code")
+    commit = upload(hub, {**code, "unrelated.py": b"x = 1", "README.txt": b"x"}, "org/code")
+    with pytest.raises(RefusedError, match="org/code--"):
+        export(checkpoint, cache_dir=cache)
+    assert not any("org/code/resolve" in path for _, path in hub.requests)
+    trusted = {"prompt_format": "none", "trust_remote_code": True}
+    folder, report = export(checkpoint, cache_dir=cache, verify="load", **trusted)
+    assert report["checks"][-1]["name"] == "load"
+    manifest = json.loads((folder / "export.json").read_text())
+    assert manifest["source"]["code"] == {"org/code": commit}
+    listed = {file["path"] for file in manifest["files"]}
+    assert set(code) <= listed and "unrelated.py" not in listed
+    assert "--" not in json.dumps(json.loads((folder / "config.json").read_text())["auto_map"])
+    upload(hub, dict.fromkeys(code, b"raise SystemExit"), "org/code")
+    run_verify(ProofOptions(folder, checkpoint, trust_remote_code=True), Report(), Console(quiet=True))
+
+
+def test_the_code_of_a_model_on_the_hub_comes_with_it(hub: RehearsalHub, export: Export, cache: Path) -> None:
+    trusted = {"prompt_format": "none", "trust_remote_code": True}
+    exported, _ = export(Case("custom-zero2").checkpoint, **trusted)
+    files = files_of(exported)
+    del files["README.md"]
+    upload(hub, {**files, "setup.py": b"raise SystemExit", "sub/own.py": b"x = 1"})
+    folder, _ = export(Path(REPO), cache_dir=cache, dtype="keep", verify="load", **trusted)
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in exported.glob("*.py")}
+    assert cached_files(cache).isdisjoint({"setup.py", "sub/own.py"})
+    assert (folder / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+def test_a_module_that_the_other_repository_lacks_is_refused(
+    hub: RehearsalHub, export: Export, cache: Path, tmp_path: Path
+) -> None:
+    checkpoint, code = custom_checkpoint(tmp_path, "org/code")
+    upload(hub, {"configuration_tiny.py": code["configuration_tiny.py"]}, "org/code")
+    with pytest.raises((RefusedError, CheckpointError), match=r"modeling_tiny\.py"):
+        export(checkpoint, cache_dir=cache, trust_remote_code=True)
+
+
+def test_the_command_line_takes_a_model_and_the_card_names_it(hub: RehearsalHub, cache: Path, tmp_path: Path) -> None:
+    upload(hub, files_of(Case("llama-safetensors").checkpoint))
+    words = [REPO, "--output_folder", str(tmp_path / "out"), "--cache_dir", str(cache)]
+    finished = CliRunner().invoke(cli.export, words)
+    assert finished.exit_code == 0
+    assert f"{REPO} is commit {hub.repositories[REPO].resolve('main').oid}." in finished.stderr
+    assert "\r" not in finished.stderr
+    assert f"python export_model.py {REPO}" in (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    seen = CliRunner().invoke(cli.inspect, [REPO, "--cache_dir", str(cache)])
+    assert seen.exit_code == 0 and f"repo_id: {REPO}\n" in seen.stdout
+    inside = CliRunner().invoke(cli.export, [REPO, "--output_folder", str(cache / "x"), "--cache_dir", str(cache)])
+    assert inside.exit_code == 2
+    assert CliRunner().invoke(cli.export, ["org/none", "--dry_run"]).exit_code == 2
