@@ -14,7 +14,15 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from safetensors.torch import load_file
 
 from exporter import cli
-from exporter.errors import CheckpointError, CredentialError, ExportError, HubUnreachableError, RefusedError, UsageError
+from exporter.errors import (
+    CheckpointError,
+    CredentialError,
+    ExportError,
+    HubUnreachableError,
+    OutputError,
+    RefusedError,
+    UsageError,
+)
 from exporter.hub import client as hub_client
 from exporter.proof import ProofOptions, run_verify
 from exporter.rehearsal import RehearsalHub
@@ -215,6 +223,13 @@ def test_a_hub_that_does_not_answer_is_unreachable(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubUnreachableError):
+        export(Path(REPO), cache_dir=cache)
+
+
+def test_a_cache_that_cannot_be_written_is_named(hub: RehearsalHub, export: Export, cache: Path) -> None:
+    upload(hub, files_of(Case("llama-safetensors").checkpoint))
+    cache.write_text("a file")
+    with pytest.raises(OutputError, match=r"config\.json of org/tiny cannot be kept"):
         export(Path(REPO), cache_dir=cache)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from exporter.errors import (
     ExportError,
     HubRefusedError,
     HubUnreachableError,
+    OutputError,
     UsageError,
 )
 from exporter.hub.account import find_token
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 _MODEL_ID = re.compile(r"(?P<repo_id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?", re.ASCII)
+_DISK_ERRORS = frozenset(
+    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST]
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Checkout:
         Raises:
             CredentialError: the repository is gated and the token has no access.
             HubUnreachableError: the Hub does not answer.
+        OutputError: the cache cannot be written.
         """
         if self.client is None:
             return
@@ -151,6 +157,12 @@ def _download(client: HubClient, repo_id: str, name: str, revision: str | None, 
             )
         except GatedRepoError as error:
             raise _gated(client, repo_id) from error
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            raise OutputError(
+                f"{name} of {repo_id} cannot be kept: {error.strerror}.", "Name another folder with --cache_dir."
+            ) from error
 
     return Path(client.ask(f"send {name} of {repo_id}", download))
 
