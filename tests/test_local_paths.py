@@ -52,10 +52,12 @@ def test_another_value_is_no_path(value: object) -> None:
     assert not is_local_path(value)
 
 
-@pytest.mark.parametrize("piece", ["/a", '"/', '"/a', "~", "file://", '"~/a', "C:\\"])
-def test_the_time_is_linear_in_the_text(piece: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "piece"), [("", "/a"), ('"', "/"), ('"', "/a"), ("", '"/a'), ("", "~"), ("", "file://"), ("", "C:\\")]
+)
+def test_the_time_is_linear_in_the_text(start: str, piece: str) -> None:
     begin = time.process_time()
-    without_local_paths(piece * 160_000)
+    without_local_paths(start + piece * 160_000)
     assert time.process_time() - begin < 5  # a fraction of a second; quadratic would take minutes
 
 
