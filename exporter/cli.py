@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -145,7 +146,9 @@ weight_options = options(
 
 card_options = options(
     option("--license", metavar="ID", help="License, as the Hub names it."),
-    option("--base_model", metavar="NS/NAME", help="What this model is a fine-tuning of."),
+    option(
+        "--base_model", metavar="NS/NAME", help="What this model is a fine-tuning of; an adapter's may be a folder."
+    ),
     option("--language", "languages", metavar="CODE", multiple=True, help="Language of the model."),
     option("--dataset", "datasets", metavar="NS/NAME", multiple=True, help="Dataset it was trained on."),
     option("--card_template", type=_FILE, help="Jinja template of the model card."),
@@ -252,12 +255,14 @@ def inspect(
 @click.argument("folder", type=click.Path(path_type=Path))
 @option("--checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT", help="Compare every tensor with it.")
 @option("--load", is_flag=True, help="Load it offline with transformers, and generate.")
+@option("--base_model", metavar="NS/NAME", help="The base model of an adapter, or its folder.")
 @checkpoint_options
 @result_options
 def verify(
     folder: Path,
     checkpoint: Path | None,
     load: bool,
+    base_model: str | None,
     tag: str | None,
     trust_remote_code: bool,
     cache_dir: Path | None,
@@ -280,8 +285,8 @@ def verify(
         if published:
             prove_on_hub(published["repo_id"], published["revision"] or "main", findings)
         else:
-            access = HubAccess(cache=cache_dir, bars=not quiet)
-            run_verify(ProofOptions(folder, checkpoint, tag, load, trust_remote_code, access), findings, Console(quiet))
+            options = ProofOptions(folder, checkpoint, tag, load, trust_remote_code, base_model)
+            run_verify(replace(options, access=HubAccess(cache=cache_dir, bars=not quiet)), findings, Console(quiet))
     _print_result(findings, as_json, _verify_lines)
 
 

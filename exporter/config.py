@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from exporter.checkpoints.folder import read_json
@@ -28,8 +29,8 @@ _TRAINERS_PATHS = ("_name_or_path", "output_dir", "logging_dir")
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json.
+def read_config(folder: Path, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """The model's config.json, with ``changes`` that the training made to the part that describes the vocabulary.
 
     Raises:
         CheckpointError: it is not there or broken, or names its classes in a form that nothing can read.
@@ -52,6 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "config.json has a quantization_config: quantized weights are not exported.",
             "Dequantize the model first, or remove the key if the weights are not quantized.",
         )
+    _text_part(config).update(changes)
     return config
 
 

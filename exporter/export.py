@@ -25,6 +25,7 @@ from exporter.card import (
     render_card,
 )
 from exporter.checkpoints import Checkpoint, WeightsChoice
+from exporter.checkpoints.adapter import count_merged
 from exporter.checksums import check_members
 from exporter.code import read_code
 from exporter.config import (
@@ -58,7 +59,7 @@ from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
 from exporter.processor import read_processor
 from exporter.report import Report, package_versions
 from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
-from exporter.source import CodeElsewhere, find_model, open_source
+from exporter.source import CodeElsewhere, find_model, open_model
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
@@ -182,6 +183,8 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         check_output_folder(options.output_folder, source, options.overwrite)
     with report.timed("prepare"):
         prepared = prepare(options, report, console)
+    if options.output_folder is not None and prepared.checkpoint.base is not None:
+        check_output_folder(options.output_folder, prepared.checkpoint.base.folder, options.overwrite)
     card = prepared.texts["README.md"].decode()
     connection = None
     if destination is not None and options.publishes:
@@ -190,7 +193,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         report.status = "planned"
         report.hub = _describe_forecast(connection, prepared) if connection is not None else None
         return
-    inputs = Inputs.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint.folder)
+    inputs = Inputs.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint)
     key = _staging_key(prepared, inputs, options)
     with staging_folder(_place(options), key, _needed(prepared, options)) as staging:
         if taken_over := staging.journal.finished_bytes:
@@ -265,19 +268,20 @@ def _connect(
 def prepare(options: Options, report: Report, console: Console) -> Prepared:
     """Open the checkpoint, settle the tokenizer, match the weights with the architecture, plan every file."""
     access = replace(options.access, bars=not console.quiet)
-    checkpoint = open_source(options.checkpoint, options.tag, access, console)
+    checkpoint = open_model(options.checkpoint, options.tag, options.base_model, access, console)
     for note in checkpoint.notes:
         console.note(note)
-    config, generation_config = read_config(checkpoint.folder), read_generation_config(checkpoint.folder)
+    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
+    generation_config = read_generation_config(checkpoint.config_folder)
     vocabulary = settle_vocabulary(
-        checkpoint.folder,
+        checkpoint.tokenizer_folder,
         prompt_format=options.prompt_format,
         special_tokens=options.special_tokens,
         config=config,
         generation_config=generation_config,
     )
     elsewhere = CodeElsewhere(access, console)
-    code = read_code(checkpoint.folder, elsewhere if options.trust_remote_code else None)
+    code = read_code(checkpoint.config_folder, elsewhere if options.trust_remote_code else None)
     planned = plan_weights(options, checkpoint, config, code, vocabulary)
     for note in planned.notes:
         console.warn(note)
@@ -286,7 +290,7 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
     report.tensors = _describe_tensors(planned)
     edited = edit_config(planned.config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
     texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
-    texts |= read_processor(checkpoint.folder)
+    texts |= read_processor(checkpoint.config_folder)
     generation = edit_generation_config(generation_config, config, vocabulary)
     if generation is not None:
         texts["generation_config.json"] = dump_json(generation)
@@ -327,7 +331,7 @@ def plan_weights(
         require_equal(matched.tied_values, matched.weights)
         notes.append(f"{refusal.message} Both are exported, with tie_word_embeddings false.")
     weights, rows = grow(architecture, matched.weights, vocabulary, config, code, options.trust_remote_code)
-    dtypes = {name: _written_dtype(architecture, name, tensor.dtype, target) for name, tensor in weights.items()}
+    dtypes = {name: _written_dtype(architecture, name, tensor.kept_dtype, target) for name, tensor in weights.items()}
     plan = plan_export(weights, dtypes, options.max_shard_size)
     copies: Mapping[str, LazyTensor] = {}
     if chosen == "master" and checkpoint.model is not None:
@@ -453,7 +457,7 @@ def card_facts(
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return CardFacts(
         repo_name=options.repo_name,
-        base_model=options.base_model or _exported_model(options, checkpoint) or known.base_model,
+        base_model=_hub_id(options.base_model) or _exported_model(options, checkpoint) or known.base_model,
         license=options.license or known.license,
         languages=options.languages or known.languages,
         datasets=options.datasets or known.datasets,
@@ -482,6 +486,11 @@ def _given_texts(options: Options, facts: CardFacts) -> dict[str, bytes]:
 def _exported_model(options: Options, checkpoint: Checkpoint) -> str | None:
     """The model on the Hub that is exported; not where it is published to its own place again."""
     return checkpoint.repo_id if checkpoint.repo_id != options.repo_name else None
+
+
+def _hub_id(base_model: str | None) -> str | None:
+    """The Hub's name of a base model that may also be given as a folder or with a revision."""
+    return None if base_model is None or os.path.isdir(base_model) else base_model.partition("@")[0]
 
 
 def _read_text(path: Path) -> str:
@@ -546,6 +555,7 @@ def write(
         files += [write_file(name, content, staging.folder) for name, content in sorted(prepared.texts.items())]
     report.checks += [
         Check("files", "passed", f"{len(files)} files have the size and sha256 that were written"),
+        *_merge_checks(prepared.plan),
         *_source_checks(prepared.planned, options),
     ]
     manifest = Manifest(
@@ -658,6 +668,13 @@ def _source_checks(planned: PlannedWeights, options: Options) -> list[Check]:
     return checks
 
 
+def _merge_checks(plan: ExportPlan) -> list[Check]:
+    count = count_merged(tensor.source for tensor in plan.tensors)
+    return [Check("merge", "passed", f"the adapter is merged into {count} tensors, in fp32, each cast once")] * bool(
+        count
+    )
+
+
 def _require_finite(shards: Sequence[WrittenShard], allowed: bool) -> None:
     """Refuse NaN, infinities and overflow, which load without a word and are wrong."""
     found = {name: count for shard in shards for name, count in shard.nonfinite.items()}
@@ -744,6 +761,8 @@ def _without_proxy() -> None:
 def _describe_source(prepared: Prepared, inputs: Inputs, report: Report) -> dict[str, Any]:
     facts = {key: report.checkpoint[key] for key in ("format", "zero_stage", "world_size", "tag", "step", "weights")}
     facts |= {key: report.checkpoint[key] for key in ("repo_id", "revision") if report.checkpoint[key] is not None}
+    if prepared.checkpoint.base is not None:
+        facts["base_model"] = prepared.checkpoint.base.hub_name
     if prepared.code_commits:
         facts["code"] = dict(prepared.code_commits)
     return facts | {"files": [file.describe() for file in inputs.files.values()]}

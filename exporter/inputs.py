@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.checkpoints import Checkpoint
 from exporter.errors import CheckpointError
 from exporter.tensors import LazyTensor
 
@@ -39,10 +40,13 @@ class Inputs:
     files: dict[Path, InputFile]
 
     @classmethod
-    def of(cls, tensors: Iterable[LazyTensor], folder: Path) -> Inputs:
-        """The files of ``tensors`` as they are now, sorted by name; ``folder`` is the checkpoint's."""
+    def of(cls, tensors: Iterable[LazyTensor], checkpoint: Checkpoint) -> Inputs:
+        """The files of ``tensors``, which are the checkpoint's, as they are now, sorted by name.
+
+        Their names are those in its folder; ``base/`` stands before those of an adapter's base model.
+        """
         paths = frozenset().union(*(tensor.paths for tensor in tensors))
-        found = {path: _look(path, folder) for path in paths}
+        found = {path: _look(path, _name(path, checkpoint)) for path in paths}
         return cls(dict(sorted(found.items(), key=lambda item: item[1].name)))
 
     def require_unchanged(self) -> None:
@@ -64,12 +68,16 @@ class Inputs:
                 )
 
 
-def _look(path: Path, folder: Path) -> InputFile:
+def _name(path: Path, checkpoint: Checkpoint) -> str:
+    if checkpoint.base is not None and path.is_relative_to(checkpoint.base.folder):
+        return f"base/{path.relative_to(checkpoint.base.folder).as_posix()}"
+    return path.relative_to(checkpoint.folder).as_posix()
+
+
+def _look(path: Path, name: str) -> InputFile:
     status = path.stat()
     with path.open("rb") as file:
         start = file.read(_FINGERPRINT_BYTES)
         file.seek(max(status.st_size - _FINGERPRINT_BYTES, len(start)))
         fingerprint = hashlib.sha256(start + file.read()).hexdigest()
-    inside = path.is_relative_to(folder)
-    name = path.relative_to(folder).as_posix() if inside else f"{path.parent.name}/{path.name}"
     return InputFile(name, status.st_size, fingerprint, status.st_mtime_ns)

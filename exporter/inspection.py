@@ -40,6 +40,7 @@ def describe(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
         "step": checkpoint.step,
         "repo_id": checkpoint.repo_id,
         "revision": checkpoint.revision,
+        "base_model": checkpoint.base.hub_name if checkpoint.base else None,
         "weights": weights,
         "tensors": len(tensors),
         "parameters": sum(tensor.numel for tensor in tensors.values()),

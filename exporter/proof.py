@@ -17,7 +17,7 @@ from exporter.hub import HubAccess, prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.report import Report
-from exporter.source import open_source
+from exporter.source import open_model
 from exporter.tokenizer import Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
 
@@ -33,6 +33,7 @@ class ProofOptions:
     tag: str | None = None
     load: bool = False
     trust_remote_code: bool = False
+    base_model: str | None = None
     access: HubAccess = field(default_factory=HubAccess)
 
 
@@ -99,8 +100,10 @@ def _own_vocabulary(folder: Path) -> Vocabulary:
 def _check_source(options: ProofOptions, path: Path, vocabulary: Vocabulary, report: Report, console: Console) -> Check:
     """Plan the same export again, and compare each of its tensors with the folder's."""
     source = _manifest(options.folder, "source")
-    checkpoint = open_source(_recorded(path, source), options.tag or source.get("tag"), options.access, console)
-    config = read_config(checkpoint.folder)
+    base_model = options.base_model or source.get("base_model")
+    tag = options.tag or source.get("tag")
+    checkpoint = open_model(_recorded(path, source), tag, base_model, options.access, console)
+    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
     code = read_code(options.folder)
     planned = plan_weights(_export_options(options, path), checkpoint, config, code, vocabulary)
     report.checkpoint = describe(checkpoint, planned.weights)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from exporter.checkpoints import Checkpoint, open_checkpoint
+from exporter.checkpoints.adapter import BASE_HINT, base_name, merge_adapter
 from exporter.checkpoints.folder import read_json
 from exporter.checkpoints.pretrained import LAYOUTS, open_pretrained
 from exporter.code import imports, named_modules
 from exporter.console import Console
-from exporter.errors import CheckpointError, RefusedError, UsageError
+from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.hub import Checkout, HubAccess, ModelId, check_out
 from exporter.processor import PROCESSOR_FILES
 from exporter.tokenizer import TEMPLATE_FOLDER, TOKENIZER_FILES
@@ -29,15 +31,34 @@ def find_model(path: Path) -> ModelId | None:
     Raises:
         UsageError: there is no such folder, and it cannot be a model on the Hub.
     """
-    if path.exists():
+    if os.path.exists(path):
         return None
     model = ModelId.parse(str(path))
-    if model is None or (model.revision is None and (path.parent.exists() or _RUN_FOLDER.fullmatch(path.name))):
+    if model is None or (model.revision is None and (os.path.exists(path.parent) or _RUN_FOLDER.fullmatch(path.name))):
         raise UsageError(
             f"There is no checkpoint {path.name!r}.",
             "Name the folder that was trained, or a model on the Hub: NAMESPACE/NAME@main.",
         )
     return model
+
+
+def open_model(path: Path, tag: str | None, base_model: str | None, access: HubAccess, console: Console) -> Checkpoint:
+    """As :func:`open_source`; an adapter is merged into its base, ``base_model`` or the one that its config names.
+
+    Raises:
+        CheckpointError: the base is not there, or a tensor of the adapter matches none of it.
+        RefusedError: it is not defined what the merge changes, or it changes nothing.
+    """
+    opened = open_source(path, tag, access, console)
+    if opened.adapter is None:
+        return opened
+    name = base_model or base_name(opened.adapter)
+    try:
+        base = open_source(Path(name), None, access, console)
+    except (UsageError, IncompleteCheckpointError) as error:
+        known = Path(name).name[:100]
+        raise CheckpointError(f"The base model {known!r} is not here: {error.message}", BASE_HINT) from error
+    return merge_adapter(opened, base)
 
 
 def open_source(path: Path, tag: str | None, access: HubAccess, console: Console) -> Checkpoint:

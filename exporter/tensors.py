@@ -167,9 +167,19 @@ class LazyTensor(ABC):
         return self.numel * self.dtype.itemsize
 
     @property
-    @abstractmethod
+    def kept_dtype(self) -> DType:
+        """The dtype in which ``--dtype keep`` writes it: for a computed tensor, that of what it was computed from."""
+        return self.dtype
+
+    @property
+    def sources(self) -> tuple[LazyTensor, ...]:
+        """The tensors that this one is computed from; none where its elements lie in files."""
+        return ()
+
+    @property
     def paths(self) -> frozenset[Path]:
         """The files that the elements are read from."""
+        return frozenset().union(*(source.paths for source in self.sources))
 
     @abstractmethod
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
@@ -235,8 +245,12 @@ class GrownTensor(LazyTensor):
     base: LazyTensor
 
     @property
-    def paths(self) -> frozenset[Path]:
-        return self.base.paths
+    def kept_dtype(self) -> DType:
+        return self.base.kept_dtype
+
+    @property
+    def sources(self) -> tuple[LazyTensor, ...]:
+        return (self.base,)
 
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         yield from self.base.blocks(files)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from exporter.checkpoints.adapter import is_adapter, open_adapter
 from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
 from exporter.checkpoints.distributed import is_distributed, open_distributed
 from exporter.checkpoints.folder import require_inside
@@ -22,6 +23,7 @@ from exporter.errors import CheckpointError, IncompleteCheckpointError, UsageErr
 __all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
 
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
+    (is_adapter, open_adapter),
     (is_zero, open_zero),
     (is_universal, open_universal),
     (is_distributed, open_distributed),

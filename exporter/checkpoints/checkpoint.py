@@ -22,6 +22,9 @@ class Checkpoint:
     is stored. ``folder`` holds config.json and the tokenizer. ``is_trained_alone`` says that the save holds no frozen
     parameter: what it lacks was left out of it. ``repo_id`` and ``revision`` (a commit) are those of the repository on
     the Hub that it was downloaded from.
+
+    ``adapter`` is the adapter_config.json of an adapter, whose weights are no model before they are merged into their
+    ``base``; ``config_changes`` are what the training changed in the base's config.json.
     """
 
     format: str
@@ -38,6 +41,25 @@ class Checkpoint:
     is_trained_alone: bool = False
     repo_id: str | None = None
     revision: str | None = None
+    adapter: Mapping[str, Any] | None = None
+    base: Checkpoint | None = None
+    config_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_folder(self) -> Path:
+        """Where config.json, generation_config.json and the model's own code are."""
+        return self.base.folder if self.base else self.folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is: an adapter that was saved without one uses that of its base."""
+        has_own = any((self.folder / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+        return self.folder if has_own else self.config_folder
+
+    @property
+    def hub_name(self) -> str | None:
+        """NS/NAME@commit, where it comes from the Hub."""
+        return f"{self.repo_id}@{self.revision}" if self.repo_id else None
 
     def choose(self, weights: WeightsChoice, is_exact: Callable[[str, DType], bool]) -> Literal["master", "model"]:
         """Which of the two sets of weights an export reads.

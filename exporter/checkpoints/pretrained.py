@@ -51,7 +51,7 @@ def read_pretrained(folder: Path) -> Mapping[str, LazyTensor]:
                 "Remove the one that does not belong to this checkpoint.",
             )
         if has_single:
-            return _read_weights(folder / single)
+            return read_weights(folder / single)
         if has_index:
             return _read_shards(folder, index, shards)
         if shards:
@@ -69,7 +69,8 @@ def _shards(folder: Path, single: str) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if pattern.fullmatch(entry.name))
 
 
-def _read_weights(path: Path) -> dict[str, LazyTensor]:
+def read_weights(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one weight file, by name."""
     if path.suffix == ".safetensors":
         return dict(read_safetensors_file(path))
     value = read_torch_file(path).value
@@ -94,7 +95,7 @@ def _read_shards(folder: Path, index: str, shards: Sequence[str]) -> dict[str, L
     for file in dict.fromkeys(weight_map.values()):
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{index} names the file {file!r}, which is not a shard beside it.", "Repair it.")
-        shard = _read_weights(folder / file)
+        shard = read_weights(folder / file)
         _check_against_index(index, file, weight_map, shard)
         tensors |= shard
     return {name: tensors[name] for name in weight_map}
