@@ -9,6 +9,8 @@ storage.py       bytes: regular files and large ones
 xet.py           the store of hf_xet's local backend
 access.py        tokens
 oidc.py          trusted publishing: tokens for CI jobs
+faults.py        what goes wrong, where it is planned
+connection.py    HTTP connections that a fault can cut
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import socket
 import threading
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from exporter.errors import UsageError
 from exporter.rehearsal.access import Token
+from exporter.rehearsal.faults import Disturbed, Fault, FaultPlan
 from exporter.rehearsal.repository import Repository
 from exporter.rehearsal.storage import Storage
 
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
     from exporter.rehearsal.api import Api
     from exporter.rehearsal.oidc import TrustedPublishing
+    from exporter.rehearsal.connection import CuttableConnection
 
 
 class RehearsalHub:
@@ -41,7 +46,8 @@ class RehearsalHub:
     ``endpoint`` is its address, ``token`` may write as the user ``rehearsal`` into any namespace, and ``requests``
     lists the (method, path) of every request so far. ``folder`` keeps the bytes, a private temporary one if None,
     removed at the end. Without ``xet``, large files go over LFS. The client that asks ``whoami`` is told that the user
-    belongs to ``organizations`` and to every namespace that has a repository.
+    belongs to ``organizations`` and to every namespace that has a repository. What is to go wrong is told to
+    :meth:`disturb`.
 
     Raises UsageError where Starlette or uvicorn is not installed.
     """
@@ -54,6 +60,7 @@ class RehearsalHub:
         self.organizations = set(organizations)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
+        self.faults = FaultPlan()
         self._tokens: dict[str, Token] = {}
         self._publishers: dict[str, str] = {}
         self.token = self.add_token()
@@ -78,12 +85,21 @@ class RehearsalHub:
             "HF_OIDC_RESOURCE": repo_id,
         }
 
+    def expire(self, token: str) -> None:
+        """From now on ``token`` is refused as an expired one."""
+        self._tokens[token] = replace(self._tokens[token], expired=True)
+
+    def disturb(self, *faults: Fault) -> FaultPlan:
+        """From now on requests meet these faults, counted from here, and no others; none ends all disturbance."""
+        self.faults = FaultPlan(faults)
+        return self.faults
+
     def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
         """The bytes of a file at a revision. Raises KeyError if the repository or the file is not there."""
         return self._storage.path(self.repositories[repo_id].resolve(revision).tree[path]).read_bytes()
 
     def __enter__(self) -> RehearsalHub:
-        Api, Config, Server, TrustedPublishing = server_classes()
+        Api, Config, Server, Connection, TrustedPublishing = server_classes()
         with ExitStack() as stack:
             folder = self._folder or Path(stack.enter_context(TemporaryDirectory(prefix="rehearsal-hub-")))
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -94,10 +110,11 @@ class RehearsalHub:
             self._storage = Storage(folder, xet=self.xet)
             api = Api(self.endpoint, self._storage, self.repositories, self._tokens, self.organizations)
             answering = TrustedPublishing(api.application(), self._tokens, self._publishers)
-            application = RequestLog(answering, self.requests)
-            server = Server(
-                Config(application, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=2)
+            application = RequestLog(Disturbed(answering, lambda: self.faults), self.requests)
+            config = Config(
+                application, http=Connection, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=2
             )
+            server = Server(config)
             thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
             thread.start()
             stack.callback(thread.join)
@@ -122,12 +139,15 @@ class RequestLog:
         await self.application(scope, receive, send)
 
 
-def server_classes() -> tuple[type[Api], type[Config], type[Server], type[TrustedPublishing]]:
-    """What serves: our routes, uvicorn's configuration and server, and the routes for CI jobs."""
+def server_classes() -> tuple[
+    type[Api], type[Config], type[Server], type[CuttableConnection], type[TrustedPublishing]
+]:
+    """What serves: our routes, uvicorn's configuration and server, our connections, and the routes for CI jobs."""
     try:
         from uvicorn import Config, Server
 
         from exporter.rehearsal.api import Api
+        from exporter.rehearsal.connection import CuttableConnection
         from exporter.rehearsal.oidc import TrustedPublishing
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
@@ -137,4 +157,4 @@ def server_classes() -> tuple[type[Api], type[Config], type[Server], type[Truste
             f"The rehearsal Hub needs the package {package}, which is not installed",
             "pip install 'export-model[rehearsal]'",
         ) from error
-    return Api, Config, Server, TrustedPublishing
+    return Api, Config, Server, CuttableConnection, TrustedPublishing
