@@ -47,7 +47,8 @@ class HubClient:
         """Like :meth:`ask`, for a call that changes something.
 
         When the answer is lost, or says that the change collides with one that is there, ``landed`` looks whether the
-        change is made and returns what ``call`` would have returned. So nothing is done twice.
+        change is made and returns what ``call`` would have returned. It looks after the pause, just before the next
+        try: a gateway may give up on a change that the Hub is still making. So nothing is done twice.
         """
         give_up = time.monotonic() + _RETRY_SECONDS
         pauses = iter(_PAUSES)
@@ -56,14 +57,15 @@ class HubClient:
             if not isinstance(outcome, _Failure):
                 return outcome
             error = outcome.error
+            pause = next(pauses, None) if is_retriable(error) and time.monotonic() <= give_up else None
+            if pause is not None:
+                asked = _asked_pause(error)
+                time.sleep(max(pause, asked))
+                give_up += asked
             if may_have_landed(error) and (done := landed()) is not None:
                 return done
-            pause = next(pauses, None)
-            if pause is None or not is_retriable(error) or time.monotonic() > give_up:
+            if pause is None:
                 self._fail(error, action)
-            asked = _asked_pause(error)
-            time.sleep(max(pause, asked))
-            give_up += asked
 
     def once(self, action: str, call: Callable[[], T]) -> T:
         """What ``call`` returns, for a call that the client itself tries again. Raises an ExportError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ LOOK_FIRST = "Look at the new commit, then run the same command again to publish
 _LONGEST_ANSWER = 300
 _RETRIABLE_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _CONFLICT_STATUS = frozenset({409, 412})
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
+"""hf_xet has a client of its own, and says the status of an answer only in the text of its error."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ def is_retriable(error: Exception) -> bool:
     from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.utils import httpx
 
-    response = response_of(error)
-    if response is not None:
-        return response.status_code in _RETRIABLE_STATUS
+    status = _status(error)
+    if status is not None:
+        return status in _RETRIABLE_STATUS
     return not isinstance(error, (OfflineModeIsEnabled, httpx.UnsupportedProtocol)) and isinstance(
         error, (httpx.TransportError, ConnectionError, JSONDecodeError, KeyError)
     )
@@ -69,8 +72,7 @@ def is_retriable(error: Exception) -> bool:
 
 def may_have_landed(error: Exception) -> bool:
     """Whether the request may have been carried out although it failed, now or at an earlier try."""
-    response = response_of(error)
-    return is_retriable(error) or (response is not None and response.status_code in _CONFLICT_STATUS)
+    return is_retriable(error) or _status(error) in _CONFLICT_STATUS
 
 
 def response_of(error: BaseException) -> Response | None:
@@ -82,20 +84,27 @@ def response_of(error: BaseException) -> Response | None:
     return None
 
 
+def _status(error: BaseException) -> int | None:
+    """The status of the answer that led to ``error``, None if there was none."""
+    response = response_of(error)
+    if response is not None:
+        return response.status_code
+    said = (_XET_STATUS.search(str(cause)) for cause in _causes(error))
+    return next((int(match[1]) for match in said if match), None)
+
+
 def translate(error: Exception, action: str, token: str) -> ExportError:
     """What to tell about ``error``, which kept us from ``action`` ("create the repository"). Never holds ``token``, if
     there is one."""
     known = next((cause for cause in _causes(error) if isinstance(cause, ExportError)), None)
     if known is not None:
         return known
-    response = response_of(error)
-    if response is None:
+    status = _status(error)
+    if status is None:
         return _without_answer(error, action, token)
-    verdict = _verdict(response.status_code, _answer(error))
+    verdict = _verdict(status, _answer(error))
     answer = _one_line(_answer(error), token)
-    return verdict.kind(
-        f"The Hub did not {action}: status {response.status_code}{', ' + answer if answer else ''}", verdict.hint
-    )
+    return verdict.kind(f"The Hub did not {action}: status {status}{', ' + answer if answer else ''}", verdict.hint)
 
 
 def shown_cause(told: ExportError, error: Exception, token: str) -> Exception | None:

@@ -1,7 +1,9 @@
 """How long a request may stay unanswered.
 
 huggingface_hub sends requests without a time limit and repeats most of them six times. The hooks here bound both: a
-request waits 30 s for a byte, and one that stayed unanswered three times and for a minute is not sent again.
+request waits 30 s for a byte, and one that stayed unanswered three times (a question: twice) and for a minute is not
+sent again. So a Hub that falls silent is given up within two minutes, also where it does so in the middle of a commit:
+then a question follows, whether the commit landed.
 hf_xet has a client of its own, which reads its limits from the environment when its first upload begins.
 """
 
@@ -29,6 +31,7 @@ LONGEST_REQUESTED_PAUSE = 300.0
 _XET_LIMITS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3"}
 _UNANSWERED_SECONDS = 60.0
 _UNANSWERED_TRIES = 3
+_UNANSWERED_QUESTIONS = 2
 
 RETRY_LATER = "Run the same command again later: what was uploaded is not sent twice."
 NOT_ANSWERING = "Check the network and HF_ENDPOINT, then run the same command again."
@@ -59,7 +62,8 @@ class Patience:
             first, tries = self._unanswered.get(key, (time.monotonic(), 0))
             self._unanswered[key] = (first, tries + 1)
         waited = time.monotonic() - first
-        if tries >= _UNANSWERED_TRIES and waited > _UNANSWERED_SECONDS:
+        enough = _UNANSWERED_QUESTIONS if request.method == "GET" else _UNANSWERED_TRIES
+        if tries >= enough and waited > _UNANSWERED_SECONDS:
             with self._lock:
                 del self._unanswered[key]
             raise HubUnreachableError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -78,7 +79,10 @@ class Repository:
             raise CredentialError(
                 f"{self.repo_id} is gated, and the token has no access", f"Ask for access at {self.url}."
             ) from error
-        except RepositoryNotFoundError:
+        except RepositoryNotFoundError as error:
+            # Under this name the client also raises a 401: the token has expired since it was accepted.
+            if error.response.status_code == 401:
+                raise
             return None
 
     def refs(self) -> GitRefs:
@@ -92,6 +96,15 @@ class Repository:
     def branch_head(self, branch: str) -> str | None:
         """The commit that ``branch`` points at, None if there is no such branch."""
         return next((ref.target_commit for ref in self.refs().branches if ref.name == branch), None)
+
+    def commit_after(self, base: str | None, revision: str) -> str | None:
+        """The first commit on top of ``base`` (None: the very first) in the history of ``revision``, None if there is
+        none."""
+        rows = self.client.ask(
+            "list the commits", lambda: self.client.api.list_repo_commits(self.repo_id, revision=revision)
+        )
+        newer = list(takewhile(lambda commit: commit != base, (row.commit_id for row in rows)))
+        return newer[-1] if newer else None
 
     def tag_commit(self, tag: str) -> str | None:
         """The commit that ``tag`` points at, None if there is no such tag."""

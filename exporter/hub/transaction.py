@@ -219,16 +219,19 @@ def _make_commit(
 
 
 def _landed_commit(connection: Connection, files: tuple[OutgoingFile, ...]) -> _Commit | None:
-    """The commit whose answer was lost: a head that was not there before and holds exactly what was to be committed."""
-    repository = connection.repository
+    """The commit whose answer was lost: the first on the head that was seen, which holds exactly what was to be
+    committed. Somebody else may have committed on top of it since."""
+    repository, base = connection.repository, connection.head
     if _opens_pull_request(connection):
         connection = replace(connection, pull_request=repository.own_pull_request(connection.user))
-        head = connection.pull_request.head if connection.pull_request else None
-    else:
-        head = repository.head(connection.revision)
-    if head is None or head == connection.head or not repository.snapshot(head).plan(files).is_empty:
+        if connection.pull_request is None:
+            return None
+    elif repository.head(connection.revision) in (None, base):
         return None
-    return _Commit(head, _pull_request_url(connection))
+    found = repository.commit_after(base, connection.revision)
+    if found is None or not repository.snapshot(found).plan(files).is_empty:
+        return None
+    return _Commit(found, _pull_request_url(connection))
 
 
 def _tagged(connection: Connection, commit: _Commit) -> str | None:
