@@ -81,7 +81,7 @@ class Repository:
             ) from error
         except RepositoryNotFoundError as error:
             # Under this name the client also raises a 401: the token has expired since it was accepted.
-            if error.response.status_code == 401:
+            if error.response.status_code == 401 and self.client.token:
                 raise
             return None
 

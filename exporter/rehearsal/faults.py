@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
@@ -100,10 +100,22 @@ class Exchange:
         body = b"".join(part.get("body", b"") for part in parts)
         return Answer(start["status"], tuple(start.get("headers", ())), body)
 
-    async def read_request(self) -> None:
-        """Take the whole body of the request and do nothing with it."""
-        while (await self.receive()).get("more_body"):
-            pass
+    async def read_request(self) -> bytes:
+        """Take the whole body of the request."""
+        message = await self.receive()
+        parts = [message.get("body", b"")]
+        while message.get("more_body"):
+            message = await self.receive()
+            parts.append(message.get("body", b""))
+        return b"".join(parts)
+
+    def again(self, body: bytes) -> Exchange:
+        """The exchange with the request's ``body`` still to be read."""
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return replace(self, receive=receive)
 
     async def respond(self, answer: Answer, sent: int | None = None) -> None:
         """Send an answer; of its body only the first ``sent`` bytes, while its headers promise the whole."""
@@ -145,10 +157,20 @@ class Status:
 
     async def strike(self, exchange: Exchange) -> None:
         await (exchange.carry_out() if self.carried_out else exchange.read_request())
-        body = json.dumps({"error": f"A planned answer {self.code}"}).encode()
-        headers = {"content-type": "application/json", **self.headers}
-        encoded = tuple((name.lower().encode(), value.encode()) for name, value in headers.items())
-        await exchange.respond(Answer(self.code, encoded, body))
+        await exchange.respond(planned_answer(self.code, self.headers))
+
+
+@dataclass(frozen=True)
+class Late:
+    """A gateway gives the request up with the status 504, and ``seconds`` later the Hub carries it out all the same."""
+
+    seconds: float
+
+    async def strike(self, exchange: Exchange) -> None:
+        body = await exchange.read_request()
+        await exchange.respond(planned_answer(504, {}))
+        await asyncio.sleep(self.seconds)
+        await exchange.again(body).carry_out()
 
 
 @dataclass(frozen=True)
@@ -225,6 +247,13 @@ class Meanwhile:
         answer = await exchange.carry_out()
         await asyncio.to_thread(self.act)
         await exchange.respond(answer)
+
+
+def planned_answer(status: int, headers: Mapping[str, str]) -> Answer:
+    """An error as the Hub spells one."""
+    body = json.dumps({"error": f"A planned answer {status}"}).encode()
+    given = {"content-type": "application/json", **headers}
+    return Answer(status, tuple((name.lower().encode(), value.encode()) for name, value in given.items()), body)
 
 
 class Disturbed:
