@@ -26,7 +26,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from exporter.errors import ExportError
+from exporter.errors import CredentialError, ExportError
 from exporter.hub import Destination, OutgoingFile, Publication, Push, connect
 from exporter.hub.upload import without_xet
 from exporter.rehearsal import RehearsalHub
@@ -289,6 +289,11 @@ def requests_of(trial: Trial) -> list[str]:
     return [f"{method} {path}" for method, path in trial.hub.requests[start:]]
 
 
+def number_of(kind: str, requests: list[str]) -> int:
+    """Which request, counted from 1, is the first of a kind."""
+    return next(number for number, request in enumerate(requests, 1) if fnmatchcase(request, kind))
+
+
 def try_at(trial: Trial, number: int, effect: Effect, codes: set[int], times: int | None = 1) -> None:
     """The request with this number meets ``effect``, and the push ends with one of ``codes``."""
     before = trial.view()
@@ -424,24 +429,22 @@ def test_a_part_of_a_large_file_is_sent_again_and_all_parts_arrive(
 # Other people, other times
 
 
-def test_a_commit_of_somebody_else_at_any_request_is_refused_or_built_upon(
-    lfs_hub: RehearsalHub, prepared: Prepare
-) -> None:
-    codes = set()
-    for number in range(4, len(requests_of(prepared(lfs_hub, TAGGED))) + 1, 3):
+def test_a_commit_of_somebody_else_is_refused_once_the_head_was_seen(lfs_hub: RehearsalHub, prepared: Prepare) -> None:
+    requests = requests_of(prepared(lfs_hub, TAGGED))
+    seen = number_of("GET */refs", requests)
+    commit = number_of(COMMIT, requests)
+    for number in (seen, seen + 1, commit - 4, commit, commit + 1):
         trial = prepared(lfs_hub, TAGGED)
         base = trial.commits("main")
         lfs_hub.disturb(Fault(ANY, number, Meanwhile(trial.commit_by_somebody_else)))
         code = trial.exit_code()
         after = trial.view()
+        assert code == (7 if seen < number <= commit else 0)
         assert after.commits["main"][1 if code else 2 :] == base
         assert ("v1" in after.commits) == (code == 0)
-        codes.add(code)
         assert trial.run().tag == "v1"
-        released, theirs = trial.contents("v1"), trial.contents("main")["LICENSE"]
-        assert {file.path for file in trial.files} == released.keys() - {".gitattributes", "LICENSE"}
-        assert theirs != trial.contents(base[0])["LICENSE"]
-    assert codes == {0, 7}
+        assert {file.path for file in trial.files} == trial.contents("v1").keys() - {".gitattributes", "LICENSE"}
+        assert trial.contents("main")["LICENSE"] != trial.contents(base[0])["LICENSE"]
 
 
 def test_a_lost_commit_is_found_below_that_of_somebody_else(hub: RehearsalHub, prepared: Prepare) -> None:
@@ -494,6 +497,15 @@ def test_a_token_that_expires_during_the_push_is_a_credential_error(hub: Rehears
         require_finished_by_another_run(trial, NOTHING)
 
 
+def test_a_token_that_expires_between_two_questions_is_told_before_a_weight_is_read(
+    lfs_hub: RehearsalHub, prepared: Prepare
+) -> None:
+    trial, token = prepared(lfs_hub, UPDATE), lfs_hub.add_token()
+    lfs_hub.disturb(Fault("GET /api/models/*", 1, Meanwhile(partial(lfs_hub.expire, token))))
+    with pytest.raises(CredentialError):
+        connect(Destination(trial.repo_id), token=token, endpoint=lfs_hub.endpoint)
+
+
 # A killed process
 
 
@@ -534,7 +546,7 @@ def test_a_publish_that_is_killed_at_the_commit_or_the_tag_is_finished_by_the_ne
     hub: RehearsalHub, prepared: Prepare
 ) -> None:
     requests = requests_of(prepared(hub, TAGGED))
-    commit = next(number for number, request in enumerate(requests, 1) if "/commit/" in request)
+    commit = number_of(COMMIT, requests)
     for number in (commit + 1, len(requests)) if hub.xet else (commit,):
         kill_at(prepared(hub, TAGGED), number)
 
@@ -566,8 +578,7 @@ def test_a_publish_may_be_killed_at_any_request(hub: RehearsalHub, prepared: Pre
 def test_a_hub_that_falls_silent_is_given_up_within_two_minutes(
     lfs_hub: RehearsalHub, prepared: Prepare, monkeypatch: pytest.MonkeyPatch, kind: Kind, silent: str
 ) -> None:
-    requests = requests_of(prepared(lfs_hub, kind))
-    number = next(number for number, request in enumerate(requests, 1) if fnmatchcase(request, silent))
+    number = number_of(silent, requests_of(prepared(lfs_hub, kind)))
     monkeypatch.setattr("time.sleep", REAL_SLEEP)
     trial = prepared(lfs_hub, kind)
     lfs_hub.disturb(Fault(ANY, number, Silence(), times=None))

@@ -778,14 +778,17 @@ def test_a_busy_hub_is_asked_again(lfs_hub: RehearsalHub, monkeypatch: pytest.Mo
     assert len(tries) == 3
 
 
-def test_a_request_that_stays_unanswered_is_given_up_after_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("method", "tries"), [("POST", 3), ("GET", 2)])
+def test_a_request_that_stays_unanswered_is_given_up_after_a_minute(
+    monkeypatch: pytest.MonkeyPatch, method: str, tries: int
+) -> None:
     clock = iter([0.0, 0.0, 31.0, 31.0, 62.0, 62.0, 93.0, 93.0])
     monkeypatch.setattr("exporter.hub.patience.time.monotonic", lambda: next(clock))
     patience = Patience(httpx.Client)
-    request = httpx.Request("POST", "http://hub/api/models/org/tiny/preupload/main")
-    for _ in range(3):
+    request = httpx.Request(method, "http://hub/api/models/org/tiny/preupload/main")
+    for _ in range(tries):
         patience.before_request(request)
-    with pytest.raises(HubUnreachableError, match="3 times in 93 s"):
+    with pytest.raises(HubUnreachableError, match=f"{tries} times in {31 * tries} s"):
         patience.before_request(request)
 
 
