@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.checkpoints.safetensors_file import MAX_HEADER_BYTES
-from exporter.errors import HubRefusedError, HubUnreachableError, UsageError, VerificationError
+from exporter.errors import UsageError, VerificationError
 from exporter.hub.account import find_token
 from exporter.hub.client import HubClient, bounded_and_quiet
-from exporter.hub.connection import Note
 from exporter.hub.destination import require_repo_id
 from exporter.hub.push import OutgoingFile, PushPlan, git_blob_id, plan_push
 from exporter.hub.repository import MANIFEST_NAME, Repository, Snapshot
@@ -23,20 +22,15 @@ _LIKELY_HEADER = 100_000
 _LARGEST_INDEX = 256 * 1024 * 1024
 
 
-def require_arrived(repository: Repository, commit: str, files: Sequence[OutgoingFile], note: Note) -> None:
-    """``commit`` holds exactly ``files``, beside those of other people, and the weights can be read there.
-
-    Digests prove every byte: a Hub that does not give the weights back at once is told with ``note`` and is no failure.
+def require_arrived(repository: Repository, commit: str, files: Sequence[OutgoingFile]) -> Snapshot:
+    """What ``commit`` holds: exactly ``files``, beside those of other people, by the Hub's own sizes and digests.
 
     Raises:
-        VerificationError: a file is missing, of another size or digest, or left over; or an index and headers disagree.
+        VerificationError: a file is missing, of another size or digest, or left over.
     """
     snapshot = repository.snapshot(commit)
     _require_same(repository, snapshot, snapshot.plan(tuple(files)), {file.path: file.size for file in files})
-    try:
-        _require_readable(repository, snapshot)
-    except (HubRefusedError, HubUnreachableError) as error:
-        note(f"Sizes and digests on the Hub are right; the headers of the weights were not read back: {error.message}.")
+    return snapshot
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ def _prove(repository: Repository, commit: str) -> int:
     listed = [*files, WrittenFile(MANIFEST_NAME, manifest.size, manifest.sha256 or "")]
     plan = plan_push(listed, snapshot.files, blob_ids={**blob_ids, MANIFEST_NAME: manifest.blob_id})
     _require_same(repository, snapshot, plan, {file.path: file.size for file in listed})
-    _require_readable(repository, snapshot)
+    require_readable(repository, snapshot)
     return len(files)
 
 
@@ -112,8 +106,13 @@ def _require_same(repository: Repository, snapshot: Snapshot, plan: PushPlan, si
     )
 
 
-def _require_readable(repository: Repository, snapshot: Snapshot) -> None:
-    """The headers of the weight files name the tensors that the index places in them, and fit their files."""
+def require_readable(repository: Repository, snapshot: Snapshot) -> None:
+    """The weights of ``snapshot`` can be read, and their headers name the tensors that the index places in them.
+
+    Raises:
+        VerificationError: they do not, or a header does not fit its file.
+        HubRefusedError, HubUnreachableError: the Hub does not give the weights back.
+    """
     placed: dict[str, str] = {}
     for path in sorted(path for path in snapshot.owned if path.endswith(".safetensors")):
         names, size = _header(repository, snapshot.commit, path)

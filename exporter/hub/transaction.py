@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from exporter.errors import HubRefusedError
-from exporter.hub.arrival import require_arrived
+from exporter.errors import HubRefusedError, HubUnreachableError
+from exporter.hub.arrival import require_arrived, require_readable
 from exporter.hub.client import bounded_and_quiet
 from exporter.hub.connection import Connection, Note, silent, taken_tag, with_branch
 from exporter.hub.destination import DEFAULT_BRANCH
 from exporter.hub.failures import LOOK_FIRST
 from exporter.hub.push import OutgoingFile, PushPlan
+from exporter.hub.repository import Snapshot
 from exporter.hub.upload import Progress, Upload, uncounted
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Push:
         self._send([file for file in sent if file.path not in self._additions], progress)
         _create_branch(connection)
         commit = _make_commit(connection, files, [self._additions[file.path] for file in sent], plan)
-        require_arrived(connection.repository, commit.id, files, self.note)
+        self._read_back(require_arrived(connection.repository, commit.id, files))
         return replace(
             _publication(connection, plan, commit),
             transport=self._upload.transport if self._upload else None,
@@ -126,6 +127,16 @@ class Push:
             uploaded_bytes=sum(file.size for file in sent),
             status="published",
         )
+
+    def _read_back(self, snapshot: Snapshot) -> None:
+        """Reads the headers of the weights. The digests have proven every byte: a Hub that does not give them back at
+        once is told, and is a failure only where a tag is still to be set."""
+        try:
+            require_readable(self.connection.repository, snapshot)
+        except (HubRefusedError, HubUnreachableError) as error:
+            if isinstance(error, HubUnreachableError) and self.connection.destination.release_tag:
+                raise
+            self.note(f"All digests on the Hub are right; the weights were not read back: {error.message}.")
 
 
 def _require_usable_tag(connection: Connection, files: tuple[OutgoingFile, ...]) -> None:

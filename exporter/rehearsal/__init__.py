@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from uvicorn import Config, Server
 
     from exporter.rehearsal.api import Api
-    from exporter.rehearsal.oidc import TrustedPublishing
     from exporter.rehearsal.connection import CuttableConnection
+    from exporter.rehearsal.oidc import TrustedPublishing
 
 
 class RehearsalHub:
@@ -139,9 +139,7 @@ class RequestLog:
         await self.application(scope, receive, send)
 
 
-def server_classes() -> tuple[
-    type[Api], type[Config], type[Server], type[CuttableConnection], type[TrustedPublishing]
-]:
+def server_classes() -> tuple[type[Api], type[Config], type[Server], type[CuttableConnection], type[TrustedPublishing]]:
     """What serves: our routes, uvicorn's configuration and server, our connections, and the routes for CI jobs."""
     try:
         from uvicorn import Config, Server
