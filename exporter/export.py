@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,12 +58,12 @@ from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
 from exporter.processor import read_processor
 from exporter.report import Report, package_versions
-from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
+from exporter.shards import Batch, NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
 from exporter.source import CodeElsewhere, find_model, open_model
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
-from exporter.verify import Check, check_copy, check_file, check_loads, check_shard, require_equal
+from exporter.verify import Check, check_batch, check_copy, check_file, check_loads, check_names, require_equal
 
 _TARGETS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "keep": None}
 
@@ -575,13 +575,14 @@ def write(
 def write_shards(
     planned: PlannedWeights, staging: Staging, push: Push | None, options: Options, console: Console
 ) -> list[WrittenShard]:
-    """Write, check and send several shards at a time, each while it is in the page cache."""
+    """Write, check and send several shards at a time: the threads of ``pool`` hash them, ``workers`` do all else."""
     shards = planned.plan.shards
     passes = 1 + (options.verify != "files") + (push is not None)
     stopped = threading.Event()
     with (
         console.progress("Exporting weights", planned.plan.total_size * passes) as progress,
-        ThreadPoolExecutor(max_workers=options.jobs, initializer=_one_thread) as pool,
+        ThreadPoolExecutor(max_workers=options.jobs, initializer=_one_thread) as workers,
+        ThreadPoolExecutor(max_workers=options.jobs) as pool,
     ):
 
         def advance(count: int) -> None:
@@ -591,7 +592,7 @@ def write_shards(
 
         def start(number: int) -> list[Future[WrittenShard]]:
             return [
-                pool.submit(_written_and_checked, shard, planned, staging, options, advance)
+                pool.submit(_written_and_checked, shard, planned, staging, options, workers, advance)
                 for shard in itertools.islice(waiting, number)
             ]
 
@@ -629,20 +630,30 @@ def _one_thread() -> None:
 
 
 def _written_and_checked(
-    shard: Shard, planned: PlannedWeights, staging: Staging, options: Options, progress: Progress
+    shard: Shard,
+    planned: PlannedWeights,
+    staging: Staging,
+    options: Options,
+    workers: Executor,
+    progress: Progress,
 ) -> WrittenShard:
     """The shard on the disk and proven, now or by an earlier run."""
     written = staging.journal.finished(shard)
     if written is not None:
         progress(shard.size)
         return written
-    written = write_shard(shard, staging.folder, progress)
-    check_file(written.file, staging.folder)
-    if options.verify != "files":
-        check_shard(shard, staging.folder, progress)
-        for tensor in shard.tensors:
-            if tensor.name in planned.copies:
-                check_copy(replace(tensor, source=_base(tensor.source)), planned.copies[tensor.name])
+
+    def check(batch: Batch) -> None:
+        check_batch(shard, batch, staging.folder, progress)
+
+    if options.verify == "files":
+        written = write_shard(shard, staging.folder, workers, progress)
+    else:
+        written = write_shard(shard, staging.folder, workers, progress, check)
+        check_names(shard, staging.folder)
+        copied = [tensor for tensor in shard.tensors if tensor.name in planned.copies]
+        masters = [replace(tensor, source=_base(tensor.source)) for tensor in copied]
+        list(workers.map(check_copy, masters, [planned.copies[tensor.name] for tensor in copied]))
     staging.journal.add(written)
     return written
 

@@ -26,8 +26,8 @@ from exporter.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 8 * 1024 * 1024
-"""The most bytes that are read at once."""
+BLOCK_BYTES = 2 * 1024 * 1024
+"""The most bytes that are read at once: what is done with them then finds them in the processor's cache."""
 
 SAMPLE_ELEMENTS = 4096
 """The most elements by which :func:`start_alike` compares."""
@@ -188,6 +188,10 @@ class LazyTensor(ABC):
         A block is valid until the next one is asked for.
         """
 
+    def parts(self, numel: int) -> Iterator[LazyTensor]:
+        """This tensor cut into consecutive ones of at most ``numel`` elements, or itself where it cannot be cut."""
+        yield self
+
 
 @dataclass(frozen=True)
 class StoredTensor(LazyTensor):
@@ -204,6 +208,15 @@ class StoredTensor(LazyTensor):
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         for extent in self.extents:
             yield from files.blocks(extent)
+
+    def parts(self, numel: int) -> Iterator[LazyTensor]:
+        if self.numel <= numel:
+            yield self
+            return
+        vector = Vector(self.extents)
+        for start in range(0, self.numel, numel):
+            stop = min(start + numel, self.numel)
+            yield StoredTensor((stop - start,), self.dtype, vector.cut(start, stop))
 
     def slice(self, start: int, shape: tuple[int, ...]) -> StoredTensor:
         """The tensor of ``shape`` whose first element is this one's element ``start``."""
@@ -284,9 +297,10 @@ def _row_pieces(block: torch.Tensor, position: int, width: int) -> Sequence[torc
 class SourceFiles:
     """The source files that one reader holds open, and the buffer that it reads into.
 
-    ``pieces`` are the checksums of what was read of each archive member that has one.
+    ``pieces`` are the checksums of what was read of each archive member that has one, unless ``checksums`` is False.
     """
 
+    checksums: bool = True
     pieces: dict[Member, set[Piece]] = field(default_factory=dict)
     _descriptors: dict[Path, int] = field(default_factory=dict)
     _buffer: torch.Tensor | None = None
@@ -308,7 +322,7 @@ class SourceFiles:
         if self._buffer is None:
             self._buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
         view = memoryview(self._buffer.numpy())
-        has_checksum = extent.member is not None and extent.member.crc32 is not None
+        has_checksum = self.checksums and extent.member is not None and extent.member.crc32 is not None
         position = crc = 0
         while position < extent.nbytes:
             count = min(BLOCK_BYTES, extent.nbytes - position)

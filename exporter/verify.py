@@ -18,7 +18,7 @@ from exporter.architecture import quiet_library
 from exporter.errors import CheckpointError, RefusedError, VerificationError
 from exporter.plan import PlannedTensor, Shard
 from exporter.processor import PROCESSOR_FILES
-from exporter.shards import Progress, WrittenFile, cast_blocks
+from exporter.shards import Batch, Portion, Progress, WrittenFile, batches, cast_blocks
 from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles
 
 if TYPE_CHECKING:
@@ -65,40 +65,69 @@ def check_shard(shard: Shard, folder: Path, progress: Progress) -> None:
     Raises:
         VerificationError: a tensor is missing, left over, of another dtype or shape, or has another value.
     """
+    check_names(shard, folder)
+    for batch in batches(shard):
+        check_batch(shard, batch, folder, progress)
+
+
+def check_names(shard: Shard, folder: Path) -> None:
+    """The file holds the tensors of the plan and no others, each of its dtype and shape.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    with _opened(shard, folder) as written:
+        for name in sorted({tensor.name for tensor in shard.tensors} ^ set(written.keys())):
+            raise VerificationError(f"{shard.name}: tensor {name} is not in both plan and file.", _HINT)
+        for tensor in shard.tensors:
+            found = written.get_tensor(tensor.name)
+            if tuple(found.shape) != tensor.shape or found.dtype is not tensor.dtype.torch:
+                raise VerificationError(
+                    f"{shard.name}: {tensor.name} is {found.dtype} {tuple(found.shape)}, "
+                    f"expected {tensor.dtype.torch} {tensor.shape}.",
+                    _HINT,
+                )
+
+
+def check_batch(shard: Shard, batch: Batch, folder: Path, progress: Progress) -> None:
+    """The batch of the written shard equals its source, bit for bit after the cast.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    with _opened(shard, folder) as written, SourceFiles(checksums=False) as files:
+        for portion in batch.portions:
+            found = written.get_tensor(portion.tensor.name).reshape(-1)
+            _check_portion(shard.name, portion, found, files)
+            progress(portion.tensor.nbytes)
+
+
+@contextlib.contextmanager
+def _opened(shard: Shard, folder: Path) -> Iterator[Any]:
+    """The written shard, as the safetensors library reads it."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / shard.name, framework="pt") as written, SourceFiles() as files:
-            names = {tensor.name for tensor in shard.tensors}
-            for name in sorted(names ^ set(written.keys())):
-                raise VerificationError(f"{shard.name}: tensor {name} is not in both plan and file.", _HINT)
-            for tensor in shard.tensors:
-                _check_tensor(shard.name, tensor, written.get_tensor(tensor.name), files)
-                progress(tensor.nbytes)
+        with safe_open(folder / shard.name, framework="pt") as written:
+            yield written
     except SafetensorError as error:
         raise VerificationError(f"{shard.name} is not a valid safetensors file: {error}.", _HINT) from error
     except FileNotFoundError as error:
         raise VerificationError(f"{shard.name} is not in the folder.", _HINT) from error
 
 
-def _check_tensor(file: str, tensor: PlannedTensor, found: Any, files: SourceFiles) -> None:
+def _check_portion(file: str, portion: Portion, found: torch.Tensor, files: SourceFiles) -> None:
     import torch
 
-    if tuple(found.shape) != tensor.shape or found.dtype is not tensor.dtype.torch:
-        raise VerificationError(
-            f"{file}: {tensor.name} is {found.dtype} {tuple(found.shape)}, "
-            f"expected {tensor.dtype.torch} {tensor.shape}.",
-            _HINT,
-        )
-    flat, position = found.reshape(-1), 0
+    tensor, position = portion.tensor, portion.start
     for _, expected in cast_blocks(tensor, files):
-        part = flat[position : position + expected.numel()]
+        part = found[position : position + expected.numel()]
         if not torch.equal(_bits(part), _bits(expected)):
             raise VerificationError(
                 f"{file}: {tensor.name} differs from the checkpoint after element {position}.", _HINT
             )
         position += expected.numel()
-    if position != tensor.source.numel:
+    if position != portion.start + tensor.source.numel:
         raise VerificationError(f"{file}: {tensor.name} has {position} elements in the checkpoint.", _HINT)
 
 

@@ -6,6 +6,10 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,10 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from exporter import tensors
-from exporter.errors import OutputError
-from exporter.plan import plan_export
-from exporter.shards import NonFinite, WrittenShard, write_file, write_shard
+from exporter import shards, tensors
+from exporter.errors import CheckpointError, OutputError, VerificationError
+from exporter.plan import Shard, plan_export
+from exporter.shards import Batch, NonFinite, Progress, WrittenShard, batches, write_file, write_shard
 from exporter.tensors import DType, GrownTensor, LazyTensor
 from exporter.verify import check_file, check_shard
 from tests.test_tensors import BLOCK, store
@@ -29,6 +33,20 @@ OTHER = [dtype for dtype in DType if not dtype.is_floating]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(shards, "BATCH_BYTES", 3 * BLOCK)
+
+
+def write_with(
+    jobs: int,
+    shard: Shard,
+    folder: Path,
+    progress: Progress = lambda count: None,
+    check: Callable[[Batch], None] | None = None,
+) -> WrittenShard:
+    """``shard`` written by ``jobs`` threads."""
+    with ThreadPoolExecutor(jobs) as workers:
+        return write_shard(shard, folder, workers, progress, check)
 
 
 def write(sources: dict[str, LazyTensor], dtype: DType, folder: Path) -> WrittenShard:
@@ -36,9 +54,9 @@ def write(sources: dict[str, LazyTensor], dtype: DType, folder: Path) -> Written
     dtypes = {name: dtype if source.dtype.is_floating else source.dtype for name, source in sources.items()}
     (shard,) = plan_export(sources, dtypes, 10**9).shards
     sizes: list[int] = []
-    written = write_shard(shard, folder, sizes.append)
+    written = write_with(2, shard, folder, sizes.append)
     content = (folder / shard.name).read_bytes()
-    assert written.file.size == shard.size == len(content) == sum(sizes)
+    assert written.file.size == shard.size == len(content) == len(shard.header) + sum(sizes)
     assert written.file.sha256 == hashlib.sha256(content).hexdigest()
     check_file(written.file, folder)
     check_shard(shard, folder, sizes.append)
@@ -125,13 +143,101 @@ def test_tensors_of_every_dtype_share_a_shard_and_are_aligned(tmp_path: Path) ->
     values: dict[str, torch.Tensor] = {f"naïve.{dtype.name}": torch.ones(3).to(dtype.torch) for dtype in DType}
     sources = {name: store(tmp_path / name, value) for name, value in values.items()}
     (shard,) = plan_export(sources, {name: source.dtype for name, source in sources.items()}, 10**6).shards
-    write_shard(shard, tmp_path, lambda count: None)
+    write_with(1, shard, tmp_path)
     found = load_file(tmp_path / shard.name)
     assert {name: tensor.dtype for name, tensor in found.items()} == {n: value.dtype for n, value in values.items()}
     position = len(shard.header)
     for tensor in shard.tensors:
         assert position % tensor.dtype.itemsize == 0
         position += tensor.nbytes
+
+
+def shard_of_all_sizes(folder: Path) -> tuple[Shard, dict[str, torch.Tensor]]:
+    """Tensors smaller and larger than a batch, in one extent and in several, one of them grown; values by name."""
+    values = {f"t{numel}": torch.randn(numel) for numel in (1, 5, 96, 97, 1000, 3001)}
+    sources: dict[str, LazyTensor] = {
+        name: store(folder / name, value, [value.numel() // 3]) for name, value in values.items()
+    }
+    sources["grown"] = GrownTensor((16, 20), DType.F32, store(folder / "grown", torch.ones(11, 20)))
+    values["grown"] = torch.ones(16, 20)
+    (shard,) = plan_export(sources, dict.fromkeys(sources, DType.BF16), 10**9).shards
+    return shard, values
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 7])
+def test_any_number_of_jobs_writes_the_same_bytes(jobs: int, tmp_path: Path) -> None:
+    shard, values = shard_of_all_sizes(tmp_path)
+    counts: list[int] = []
+
+    def dawdle(count: int) -> None:
+        counts.append(count)
+        time.sleep(0.002 * (len(counts) % 3))
+
+    written = write_with(jobs, shard, tmp_path, dawdle)
+    content = (tmp_path / shard.name).read_bytes()
+    data = b"".join(values[t.name].to(torch.bfloat16).view(torch.uint8).numpy().tobytes() for t in shard.tensors)
+    assert content == shard.header + data
+    assert written.file.sha256 == hashlib.sha256(content).hexdigest()
+    assert sum(counts) == len(data)
+
+
+def test_a_tensor_larger_than_a_batch_is_cut_and_nothing_is_left_out(tmp_path: Path) -> None:
+    shard, _ = shard_of_all_sizes(tmp_path)
+    position = len(shard.header)
+    seen: dict[str, int] = {}
+    for batch in batches(shard):
+        assert batch.offset == position
+        assert batch.nbytes <= shards.BATCH_BYTES or [p.tensor.name for p in batch.portions] == ["grown"]
+        position += batch.nbytes
+        for portion in batch.portions:
+            assert portion.start == seen.get(portion.tensor.name, 0)
+            seen[portion.tensor.name] = portion.start + portion.tensor.source.numel
+    assert position == shard.size
+    assert seen == {tensor.name: tensor.source.numel for tensor in shard.tensors}
+
+
+def test_what_is_not_finite_is_counted_over_all_batches(tmp_path: Path) -> None:
+    value = torch.zeros(3001)
+    value[::500] = torch.nan
+    value[1::1000] = 1e30
+    written = write({"x": store(tmp_path / "x", value)}, DType.F16, tmp_path)
+    assert written.nonfinite == {"x": NonFinite(7, 3)}
+
+
+def test_batches_are_written_at_the_same_time(tmp_path: Path) -> None:
+    shard, _ = shard_of_all_sizes(tmp_path)
+    both = threading.Barrier(2)
+    write_with(2, shard, tmp_path, check=lambda batch: both.wait(10) if batch.offset < 2000 else None)
+
+
+def test_no_batch_is_at_work_after_one_has_failed(tmp_path: Path) -> None:
+    shard, _ = shard_of_all_sizes(tmp_path)
+    (tmp_path / "t5").write_bytes(b"")
+    working: list[Batch] = []
+    with ThreadPoolExecutor(4) as workers:
+
+        def check(batch: Batch) -> None:
+            working.append(batch)
+            time.sleep(0.05)
+            working.remove(batch)
+
+        with pytest.raises(CheckpointError, match="t5 ends"):
+            write_shard(shard, tmp_path, workers, lambda count: None, check)
+        assert working == []
+
+
+def test_a_file_that_does_not_give_back_what_was_written_is_found(tmp_path: Path) -> None:
+    shard, _ = shard_of_all_sizes(tmp_path)
+
+    def flip(batch: Batch) -> None:
+        with (tmp_path / shard.name).open("r+b") as file:
+            file.seek(batch.offset)
+            byte = file.read(1)[0]
+            file.seek(batch.offset)
+            file.write(bytes([byte ^ 16]))
+
+    with pytest.raises(VerificationError, match="does not give back"):
+        write_with(2, shard, tmp_path, check=flip)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
@@ -148,6 +254,7 @@ def test_a_file_has_mode_0644_less_the_umask(umask: int, mode: int, tmp_path: Pa
 
 FULL_DISK = """
 import resource, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from exporter.errors import OutputError
 from exporter.plan import plan_export
@@ -157,7 +264,12 @@ folder = Path(sys.argv[1])
 source = {"x": StoredTensor((2**20,), DType.F32, (Extent(folder / "x", 0, DType.F32, 2**20),))}
 (shard,) = plan_export(source, {"x": DType.F32}, 10**9).shards
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-for write in (lambda: write_shard(shard, folder, lambda n: None), lambda: write_file("big", bytes(2**21), folder)):
+workers = ThreadPoolExecutor(2)
+writes = [
+    lambda: write_shard(shard, folder, workers, lambda count: None),
+    lambda: write_file("big", bytes(2**21), folder),
+]
+for write in writes:
     try:
         write()
     except OutputError as error:

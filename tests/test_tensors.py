@@ -82,6 +82,14 @@ def test_a_slice_is_cut_out_of_any_extents(tmp_path: Path) -> None:
             assert torch.equal(read(stored.slice(row * 10, (rows, 10))), value[row : row + rows])
 
 
+@pytest.mark.parametrize("numel", [1, 7, 50, 119, 120, 1000])
+def test_the_parts_of_a_tensor_joined_are_the_tensor(numel: int, tmp_path: Path) -> None:
+    value = torch.randn(12, 10)
+    parts = list(store(tmp_path / "x", value, [7, 50, 50, 83]).parts(numel))
+    assert all(part.numel == numel for part in parts[:-1])
+    assert torch.equal(torch.cat([read(part).reshape(-1) for part in parts]), value.reshape(-1))
+
+
 def test_a_vector_is_cut_at_its_end() -> None:
     vector = Vector((Extent(Path("x"), 8, DType.F32, 3), Extent(Path("y"), 0, DType.F32, 0)))
     assert vector.numel == 3

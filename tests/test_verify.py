@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from exporter import tensors
 from exporter.errors import CheckpointError, RefusedError, VerificationError
 from exporter.plan import PlannedTensor, Shard, plan_export
-from exporter.shards import WrittenShard, write_shard
+from exporter.shards import WrittenShard
 from exporter.tensors import DType, StoredTensor
 from exporter.verify import check_copy, check_file, check_shard, require_equal
+from tests.test_shards import write_with
 from tests.test_tensors import BLOCK, store
 
 
@@ -40,7 +41,7 @@ def written(tmp_path: Path) -> tuple[Shard, WrittenShard]:
     sources = {name: store(tmp_path / f"{name}.bin", value) for name, value in values.items()}
     dtypes = {"cast": DType.BF16, "ids": DType.I64, "same": DType.BF16, "twin": DType.BF16}
     (shard,) = plan_export(sources, dtypes, 10**9).shards
-    made = write_shard(shard, tmp_path, nothing)
+    made = write_with(2, shard, tmp_path)
     check_file(made.file, tmp_path)
     check_shard(shard, tmp_path, nothing)
     return shard, made
@@ -118,7 +119,7 @@ def test_minus_zero_is_not_zero_and_nan_is_itself(tmp_path: Path) -> None:
     value = torch.tensor([0.0, torch.nan, 1.0])
     sources = {"x": store(tmp_path / "x.bin", value)}
     (shard,) = plan_export(sources, {"x": DType.F32}, 10**9).shards
-    write_shard(shard, tmp_path, nothing)
+    write_with(2, shard, tmp_path)
     check_shard(shard, tmp_path, nothing)
     save_file({"x": torch.tensor([-0.0, torch.nan, 1.0])}, tmp_path / shard.name)
     with pytest.raises(VerificationError, match="x differs"):
