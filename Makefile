@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-chat test test-slow lint clean
+.PHONY: demo demo-chat test test-slow bench lint clean
 
 # torch comes first and alone: a request that leaves its version open would pull another build of several GB.
 .venv/base: setup.cfg constraints.txt
@@ -37,6 +37,11 @@ test: .venv/base
 
 test-slow: .venv/base
 	$(BIN)/python -m pytest -m slow
+
+# Against the usual tools and the machine's own limit. SIZES=0.2B,0.8B,3B needs 42 GB of disk, and of memory for the peers.
+SIZES ?= 0.2B,0.8B
+bench: .venv/training
+	$(BIN)/python -m benchmarks.bench --sizes $(SIZES)
 
 lint: .venv/base
 	$(BIN)/ruff check .
