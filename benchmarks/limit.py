@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 BLOCK = 2**20
@@ -28,7 +28,10 @@ def main() -> None:
         writes = [
             pool.submit(write, output, start, min(start + PART, int(size))) for start in range(0, int(size), PART)
         ]
-        wait([*reads, *writes])
+        for read_part in reads:
+            read_part.result()
+        for written_part in writes:
+            written_part.result()
     os.fsync(output)
     os.close(output)
 

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exporter.checkpoints import Checkpoint, open_checkpoint
+from exporter.checkpoints import Checkpoint, open_checkpoint, zero
+from exporter.checkpoints.unpickler import Unpickler
 from exporter.errors import CheckpointError, ExportError, IncompleteCheckpointError, UsageError
-from exporter.tensors import LazyTensor, SourceFiles
+from exporter.tensors import DType, Extent, LazyTensor, SourceFiles
 from tests.conftest import Case
 
 ZERO2, ZERO3 = Case("llama-zero2"), Case("llama-zero3")
@@ -587,3 +589,51 @@ def _open_or_refuse(folder: Path) -> None:
         open_checkpoint(folder)
     except ExportError as error:
         assert "\n" not in error.message
+
+
+def _write_holes(folder: Path, ranks: int, layers: int, width: int) -> None:
+    """ZeRO-3 of ``layers`` parameters of ``width`` elements: torch's headers and pickles, and holes for elements."""
+    (folder / STEP).mkdir(parents=True)
+    (folder / "latest").write_text(STEP)
+    names = [f"layers.{number}.weight" for number in range(layers)]
+    with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
+        state = {
+            "module": {name: torch.empty(0) for name in names},
+            "param_shapes": [{name: torch.Size([width]) for name in names}],
+            "global_steps": 4,
+        }
+        for rank in range(ranks):
+            partition = {"fp32_flat_groups": [torch.empty(layers * width // ranks)], "zero_stage": 3}
+            file = folder / STEP / f"zero_pp_rank_{rank}_mp_rank_00"
+            torch.save(state, f"{file}_model_states.pt")
+            torch.save({"optimizer_state_dict": partition | {"partition_count": ranks}}, f"{file}_optim_states.pt")
+
+
+def test_a_huge_checkpoint_is_opened_with_one_look_at_each_pickle_and_none_at_its_elements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, layers, width = 8, 500, 2**23
+    _write_holes(tmp_path / "checkpoint", ranks, layers, width)
+    parsed: list[Unpickler] = []
+    load_pickle = Unpickler.load
+
+    def count(self: Unpickler) -> Any:
+        parsed.append(self)
+        return load_pickle(self)
+
+    monkeypatch.setattr(Unpickler, "load", count)
+    monkeypatch.setattr(SourceFiles, "_read", lambda *args: pytest.fail("elements were read"))
+    opened = open_checkpoint(tmp_path / "checkpoint")
+    assert len(parsed) == 2 * ranks
+    assert opened.master is not None
+    assert sum(tensor.nbytes for tensor in opened.master.values()) == 4 * layers * width
+
+
+def test_equal_partitions_that_are_holes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "hole").open("wb") as file:
+        file.write(b"\1" * 65536)
+        file.truncate(2**36)
+    with monkeypatch.context() as patched:
+        patched.setattr(SourceFiles, "_read", lambda *args: pytest.fail("elements were read"))
+        assert zero._is_constant(Extent(tmp_path / "hole", 2**20, DType.F32, 2**30))
+    assert not zero._is_constant(Extent(tmp_path / "hole", 0, DType.F32, 2**16))

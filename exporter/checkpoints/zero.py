@@ -6,7 +6,9 @@ Where the layout comes from: DeepSpeed 0.19.8 (``deepspeed/utils/zero_to_fp32.py
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -487,7 +489,8 @@ def _check_distinct(shards: Sequence[_StateFile]) -> None:
         extents = [extent for part in _partitions(shard, _partition_key(shards)) for extent in part.extents]
         checksums = tuple(extent.member.crc32 if extent.member else None for extent in extents)
         other = seen.setdefault(checksums, shard)
-        if other is not shard and None not in checksums and not all(map(_is_constant, extents)):
+        # torch.save leaves a checksum 0 where it leaves the elements out (torch.serialization.skip_data).
+        if other is not shard and all(checksums) and not all(map(_is_constant, extents)):
             raise CheckpointError(
                 f"{shard.name} holds the same partitions as {other.name}: one of them is a copy of the other.",
                 "Copy the files of every rank again from where the training wrote them.",
@@ -496,9 +499,20 @@ def _check_distinct(shards: Sequence[_StateFile]) -> None:
 
 def _is_constant(extent: Extent) -> bool:
     """Whether all elements are one number, as in padding or in weights that are still as they were initialized."""
+    if _is_hole(extent):
+        return True
     with SourceFiles() as files:
         values = {value for block in files.blocks(extent) for value in (block.min().item(), block.max().item())}
     return len(values) == 1
+
+
+def _is_hole(extent: Extent) -> bool:
+    """Whether the file has no data there on the disk, and so reads as zeros; False where that cannot be asked."""
+    with extent.path.open("rb") as file:
+        try:
+            return os.lseek(file.fileno(), extent.offset, os.SEEK_DATA) >= extent.offset + extent.nbytes
+        except OSError as error:
+            return error.errno == errno.ENXIO
 
 
 def _partition_key(shards: Sequence[_StateFile]) -> str:
