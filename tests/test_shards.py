@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from exporter import shards, tensors
-from exporter.errors import CheckpointError, OutputError, VerificationError
+from exporter.errors import OutputError, VerificationError
 from exporter.plan import Shard, plan_export
 from exporter.shards import Batch, NonFinite, Progress, WrittenShard, batches, write_file, write_shard
 from exporter.tensors import DType, GrownTensor, LazyTensor
@@ -212,16 +212,21 @@ def test_batches_are_written_at_the_same_time(tmp_path: Path) -> None:
 
 def test_no_batch_is_at_work_after_one_has_failed(tmp_path: Path) -> None:
     shard, _ = shard_of_all_sizes(tmp_path)
-    (tmp_path / "t5").write_bytes(b"")
+    first = next(batches(shard)).offset
+    second_is_at_work = threading.Event()
     working: list[Batch] = []
+
+    def check(batch: Batch) -> None:
+        if batch.offset == first:
+            assert second_is_at_work.wait(10)
+            raise VerificationError("the first batch differs", "")
+        working.append(batch)
+        second_is_at_work.set()
+        time.sleep(0.1)
+        working.remove(batch)
+
     with ThreadPoolExecutor(4) as workers:
-
-        def check(batch: Batch) -> None:
-            working.append(batch)
-            time.sleep(0.05)
-            working.remove(batch)
-
-        with pytest.raises(CheckpointError, match="t5 ends"):
+        with pytest.raises(VerificationError, match="the first batch"):
             write_shard(shard, tmp_path, workers, lambda count: None, check)
         assert working == []
 
