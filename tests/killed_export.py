@@ -19,7 +19,7 @@ from typing import Any
 
 from exporter import cli
 
-_CHANGES = frozenset(["os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"])
+_CHANGES = frozenset(["os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.truncate"])
 
 
 class Changes:
@@ -27,9 +27,9 @@ class Changes:
 
     def __init__(self, kill_at: int | None) -> None:
         self.count, self.kill_at, self.lock = 0, kill_at, threading.Lock()
-        self.write, self.fsync = os.write, os.fsync
+        self.write, self.pwrite, self.fsync = os.write, os.pwrite, os.fsync
         sys.addaudithook(self.audit)
-        os.write, os.fsync = self.counted_write, self.counted_fsync
+        os.write, os.pwrite, os.fsync = self.counted_write, self.counted_pwrite, self.counted_fsync
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
@@ -40,6 +40,10 @@ class Changes:
         if descriptor > 2:
             self.happens(lambda: self.write(descriptor, memoryview(data)[: len(data) // 2]))
         return self.write(descriptor, data)
+
+    def counted_pwrite(self, descriptor: int, data: Any, offset: int) -> int:
+        self.happens(lambda: self.pwrite(descriptor, memoryview(data)[: len(data) // 2], offset))
+        return self.pwrite(descriptor, data, offset)
 
     def counted_fsync(self, descriptor: int) -> None:
         self.happens(lambda: None)
