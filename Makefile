@@ -38,7 +38,7 @@ test: .venv/base
 test-slow: .venv/base
 	$(BIN)/python -m pytest -m slow
 
-# Against the usual tools and the machine's own limit. SIZES=0.2B,0.8B,3B needs 42 GB of disk, and of memory for the peers.
+# Against the usual tools and the machine's own limit, in 11 GB of disk; SIZES=3B needs 42 GB, and memory for the peers.
 SIZES ?= 0.2B,0.8B
 bench: .venv/training
 	$(BIN)/python -m benchmarks.bench --sizes $(SIZES)
