@@ -19,6 +19,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from benchmarks import synthetic
 from benchmarks.synthetic import SIZES, TAG
 
@@ -103,19 +106,29 @@ def measure(kind: str, size: str, rounds: int, scratch: Path) -> str:
 
 
 def require_equal(ours: Path, theirs: Path) -> None:
-    """Both folders hold the same tensors, bit for bit."""
-    from safetensors import safe_open
+    """Both folders hold the same tensors, bit for bit, in whatever files."""
+    mine, other = places(ours), places(theirs)
+    if mine.keys() != other.keys():
+        sys.exit(f"Only one of this project and its peer wrote {sorted(mine.keys() ^ other.keys())}.")
+    for name in mine:
+        if not read(mine[name], name).view(torch.uint8).equal(read(other[name], name).view(torch.uint8)):
+            sys.exit(f"{name} differs between this project and its peer.")
 
-    with safe_open(ours / "model.safetensors", "pt") as mine:
-        names = set(mine.keys())
-        for path in theirs.glob("*.safetensors"):
-            with safe_open(path, "pt") as other:
-                for name in other.keys():  # noqa: SIM118 - not a mapping
-                    names.remove(name)
-                    if not mine.get_tensor(name).equal(other.get_tensor(name)):
-                        sys.exit(f"{name} differs between this project and its peer.")
-    if names:
-        sys.exit(f"The peer did not write {sorted(names)}.")
+
+def places(folder: Path) -> dict[str, Path]:
+    """The weight file of each tensor."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= dict.fromkeys(file.keys(), path)
+    return found
+
+
+def read(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a weight file."""
+    with safe_open(path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
 
 
 def needed_bytes(sizes: list[str]) -> int:
