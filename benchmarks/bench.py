@@ -117,7 +117,7 @@ def require_equal(ours: Path, theirs: Path) -> None:
 
 def places(folder: Path) -> dict[str, Path]:
     """The weight file of each tensor."""
-    found = {}
+    found: dict[str, Path] = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             found |= dict.fromkeys(file.keys(), path)
