@@ -15,8 +15,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from exporter.card import QUESTION, extract_sample_code
+from exporter.card import extract_sample_code
 from exporter.rehearsal import RehearsalHub
+from exporter.tokenizer import QUESTION
 
 REPOSITORY = "OpenAssistant/falcon-7b-sft-top1"
 EXPORT = Path(__file__).parent.parent / "export_model.py"

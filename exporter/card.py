@@ -21,12 +21,10 @@ from exporter.checkpoints.folder import read_json, regular_size
 from exporter.errors import CheckpointError, UsageError
 from exporter.local_paths import without_local_paths
 from exporter.tensors import DType
+from exporter.tokenizer import QUESTION
 
 if TYPE_CHECKING:
     import jinja2
-
-QUESTION = "What is a meme, and what's the history behind this word?"
-"""What a user asks in the card's example."""
 
 DEFAULT_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
 MAX_FRONT_MATTER_BYTES = 256 * 1024

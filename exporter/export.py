@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,6 @@ from typing import Any
 
 from exporter.architecture import Account, Architecture, account, ask_architecture
 from exporter.card import (
-    QUESTION,
     CardFacts,
     PromptFacts,
     TrainingConfig,
@@ -62,7 +63,7 @@ from exporter.shards import Batch, NonFinite, Progress, WrittenFile, WrittenShar
 from exporter.source import CodeElsewhere, find_model, open_model
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
-from exporter.tokenizer import Vocabulary, embedding_rows, settle_vocabulary
+from exporter.tokenizer import QUESTION, Vocabulary, embedding_rows, settle_vocabulary
 from exporter.verify import Check, check_batch, check_copy, check_file, check_loads, check_names, require_equal
 
 _TARGETS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "keep": None}
@@ -181,7 +182,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     if options.output_folder is not None:
         source = options.checkpoint if is_folder else options.access.cache_folder
         check_output_folder(options.output_folder, source, options.overwrite)
-    with report.timed("prepare"):
+    with report.timed("prepare"), _uncollected():
         prepared = prepare(options, report, console)
     if options.output_folder is not None and prepared.checkpoint.base is not None:
         check_output_folder(options.output_folder, prepared.checkpoint.base.folder, options.overwrite)
@@ -212,6 +213,18 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         if options.output_folder is not None:
             place_export(staging, options.output_folder, options.overwrite)
             report.output["folder"] = str(options.output_folder)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector, which would go again and again over all that torch and transformers make on import,
+    and once more at the end of the process: a second of each run."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _place(options: Options) -> Path:

@@ -265,10 +265,35 @@ class GrownTensor(LazyTensor):
     def sources(self) -> tuple[LazyTensor, ...]:
         return (self.base,)
 
+    @property
+    def added(self) -> MeanRows:
+        """The new rows alone."""
+        return MeanRows((self.shape[0] - self.base.shape[0], *self.shape[1:]), self.dtype, self.base)
+
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         yield from self.base.blocks(files)
+        yield from self.added.blocks(files)
+
+    def parts(self, numel: int) -> Iterator[LazyTensor]:
+        yield from self.base.parts(numel)
+        yield self.added
+
+
+@dataclass(frozen=True)
+class MeanRows(LazyTensor):
+    """Rows that are each the mean of the rows of ``base``."""
+
+    shape: tuple[int, ...]
+    dtype: DType
+    base: LazyTensor
+
+    @property
+    def sources(self) -> tuple[LazyTensor, ...]:
+        return (self.base,)
+
+    def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         mean = self._mean(files).to(self.dtype.torch)
-        for _ in range(self.shape[0] - self.base.shape[0]):
+        for _ in range(self.shape[0]):
             yield mean
 
     def _mean(self, files: SourceFiles) -> torch.Tensor:

@@ -15,7 +15,6 @@ from huggingface_hub import ModelCard
 
 from exporter.card import (
     DEFAULT_TEMPLATE,
-    QUESTION,
     CardFacts,
     PromptFacts,
     TrainingConfig,
@@ -30,6 +29,7 @@ from exporter.card import (
 )
 from exporter.errors import CheckpointError, UsageError
 from exporter.tensors import DType
+from exporter.tokenizer import QUESTION
 
 MODEL_CONFIG = """\
 falcon-7b:

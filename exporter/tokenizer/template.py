@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ MAX_MEMORY = 512 * 1024 * 1024
 MAX_CHARACTERS = 1024 * 1024
 """Characters of a rendered chat."""
 
-_CONTENT = "What is a meme?"
+QUESTION = "What is a meme, and what's the history behind this word?"
+"""What a user asks in the card's example, too."""
+
 _REPLY = "An idea that spreads."
-_USER = {"role": "user", "content": _CONTENT}
+_USER = {"role": "user", "content": QUESTION}
 _SYSTEM = {"role": "system", "content": "Answer in one sentence."}
 _ASSISTANT = {"role": "assistant", "content": _REPLY}
 
@@ -136,28 +139,40 @@ def render_all(
 def _render_apart(
     template: str, special_tokens: Mapping[str, str], chats: Sequence[tuple[list[Message], bool]]
 ) -> list[dict[str, str]]:
-    request = {"template": template, "special_tokens": dict(special_tokens), "chats": chats, "path": sys.path}
-    answers: list[dict[str, str]] = json.loads(_answer(json.dumps(request)))
-    return answers
+    requests = [json.dumps([template, dict(special_tokens), chat]) for chat in chats]
+    new = {request: chat for request, chat in zip(requests, chats, strict=True) if request not in _rendered}
+    if new:
+        request = {"template": template, "special_tokens": dict(special_tokens), "chats": list(new.values())}
+        _rendered.update(zip(new, json.loads(_answer(json.dumps({**request, "path": sys.path}))), strict=True))
+    return [_rendered[request] for request in requests]
 
 
-@functools.lru_cache(maxsize=64)
+_rendered: dict[str, dict[str, str]] = {}
+"""The answers so far: the same chat is asked for at several places, and a renderer takes half a second to start."""
+
+
 def _answer(request: str) -> str:
     """The renderer's answer to ``request``, both JSON."""
-    try:
-        renderer = subprocess.run(
-            [sys.executable, "-I", "-c", _RENDERER],
-            input=request,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=WAIT_SECONDS,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TemplateError(f"it takes more than {WAIT_SECONDS} seconds") from error
+    run = functools.partial(
+        subprocess.run,
+        [sys.executable, "-I", "-c", _RENDERER],
+        input=request,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=WAIT_SECONDS,
+    )
+    with ThreadPoolExecutor(max_workers=1) as waiting:
+        answer = waiting.submit(run)
+        import transformers.modeling_utils  # noqa: F401  (what comes next needs it, and it takes as long as the renderer)
+
+        try:
+            renderer = answer.result()
+        except subprocess.TimeoutExpired as error:
+            raise TemplateError(f"it takes more than {WAIT_SECONDS} seconds") from error
     if renderer.returncode < 0:
         raise TemplateError(f"it takes more than {MAX_SECONDS} seconds, or too much memory")
     renderer.check_returncode()
-    return renderer.stdout
+    return str(renderer.stdout)
 
 
 def _limit_this_process() -> None:
