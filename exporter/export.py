@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exporter.architecture import Account, Architecture, account, ask_architecture
+from exporter.architecture import Account, Architecture, account, ask_architecture, name_layers
 from exporter.card import (
     CardFacts,
     PromptFacts,
@@ -326,6 +326,8 @@ def plan_weights(
     """Match the checkpoint's weights with the architecture, let the embedding grow, choose dtypes and files."""
     _require_plausible_size(checkpoint, config)
     architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
+    if checkpoint.format == "pipeline":
+        checkpoint = checkpoint.renamed(name_layers(architecture, checkpoint.model or {}))
     target = _TARGETS[options.dtype]
     chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
     match = partial(

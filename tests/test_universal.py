@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from exporter.checkpoints import open_checkpoint
-from exporter.errors import CheckpointError, ExportError, UsageError
+from exporter.errors import CheckpointError, ExportError, RefusedError, UsageError
 from tests.conftest import Case
 from tests.test_zero import assert_master_is_true, edit, load, save_again, swap
 
@@ -35,6 +35,17 @@ def test_every_parameter_is_the_live_engines_frozen_ones_included(case: Case) ->
     assert checkpoint.weights("master").keys() == case.truth.keys()
     facts = ("format", "zero_stage", "world_size", "tag", "step")
     assert [getattr(checkpoint, fact) for fact in facts] == [case.facts[fact] for fact in facts]
+
+
+def test_what_was_converted_from_tensor_parallel_ranks_is_refused(tmp_path: Path) -> None:
+    folder = ZERO2.copy(tmp_path)
+    first = folder / TAG / "mp_rank_00_model_states.pt"
+    second = first.with_name("mp_rank_01_model_states.pt")
+    shutil.copy(first, second)
+    for path in (first, second):
+        edit(path, lambda state: state.update(mp_world_size=2))
+    with pytest.raises(RefusedError, match="lie in tensor-parallel slices"):
+        open_checkpoint(folder)
 
 
 def beside_what_was_converted(place: Path) -> Path:

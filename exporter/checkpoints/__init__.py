@@ -14,8 +14,11 @@ from pathlib import Path
 from exporter.checkpoints.adapter import is_adapter, open_adapter
 from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
 from exporter.checkpoints.distributed import is_distributed, open_distributed
+from exporter.checkpoints.experts import is_expert_parallel, open_expert_parallel
 from exporter.checkpoints.folder import require_inside
+from exporter.checkpoints.pipeline import is_pipeline, open_pipeline
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
+from exporter.checkpoints.tensor_parallel import is_tensor_parallel, open_tensor_parallel
 from exporter.checkpoints.universal import is_universal, open_universal, universal_tags
 from exporter.checkpoints.zero import is_tag, is_zero, open_zero
 from exporter.errors import CheckpointError, IncompleteCheckpointError, UsageError
@@ -24,6 +27,9 @@ __all__ = ["Checkpoint", "WeightsChoice", "open_checkpoint"]
 
 _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
     (is_adapter, open_adapter),
+    (is_expert_parallel, open_expert_parallel),
+    (is_pipeline, open_pipeline),
+    (is_tensor_parallel, open_tensor_parallel),
     (is_zero, open_zero),
     (is_universal, open_universal),
     (is_distributed, open_distributed),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,10 @@ class Checkpoint:
 
     ``model`` are the model's own weights (for DeepSpeed its 16-bit copy), ``master`` the optimizer's fp32 ones; each
     maps names to lazy tensors and is None where the checkpoint has none. ``aliases`` maps a tied name to the name that
-    is stored. ``folder`` holds config.json and the tokenizer. ``is_trained_alone`` says that the save holds no frozen
-    parameter: what it lacks was left out of it. ``repo_id`` and ``revision`` (a commit) are those of the repository on
-    the Hub that it was downloaded from.
+    is stored. ``folder`` holds config.json and the tokenizer. ``undated`` says that the model's own weights lie in
+    files that name no step, so that only the master weights can tell whether one is left over from another save.
+    ``is_trained_alone`` says that the save holds no frozen parameter: what it lacks was left out of it. ``repo_id`` and
+    ``revision`` (a commit) are those of the repository on the Hub that it was downloaded from.
 
     ``adapter`` is the adapter_config.json of an adapter, whose weights are no model before they are merged into their
     ``base``; ``config_changes`` are what the training changed in the base's config.json.
@@ -38,6 +39,7 @@ class Checkpoint:
     step: int | None = None
     deepspeed_config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    undated: bool = False
     is_trained_alone: bool = False
     repo_id: str | None = None
     revision: str | None = None
@@ -74,7 +76,7 @@ class Checkpoint:
         if weights == "auto":
             model = self.model or {}
             # ZeRO-3 gathers its copy into another file, which may be left over from another save: the masters decide.
-            own = bool(model) and self.zero_stage != 3
+            own = bool(model) and self.zero_stage != 3 and not self.undated
             exact = own and all(is_exact(name, tensor.dtype) for name, tensor in model.items())
             return "model" if exact or self.master is None else "master"
         if getattr(self, weights) is None:
@@ -82,6 +84,14 @@ class Checkpoint:
                 f"The checkpoint has no {_DESCRIPTIONS[weights]}.", "Leave --weights out to take what is there."
             )
         return weights
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same weights under other names: ``names`` has the new one of each."""
+        model, master = (
+            None if tensors is None else {names[name]: tensor for name, tensor in tensors.items()}
+            for tensors in (self.model, self.master)
+        )
+        return replace(self, model=model, master=master)
 
     def weights(self, chosen: Literal["master", "model"]) -> Mapping[str, LazyTensor]:
         """The tensors of one of the two sets, by name."""

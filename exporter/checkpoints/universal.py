@@ -46,7 +46,7 @@ def open_universal(folder: Path, tag: str | None) -> Checkpoint:
     folders = _parameter_folders(place, {*converted.trained, *converted.untrained, *converted.checkpoint.aliases})
     masters = {name: _read_parameter(place, name, shape, folders) for name, shape in converted.trained.items()}
     _check_pieces(place, masters, converted.pieces)
-    return replace(converted.checkpoint, format="universal", master={**converted.untrained, **masters}, notes=notes)
+    return replace(converted.checkpoint, master={**converted.untrained, **masters}, notes=notes)
 
 
 def _parameter_folders(place: Path, known: set[str]) -> set[str]:

@@ -25,11 +25,9 @@ from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTenso
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER_SHARD = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
+_NAMELESS = "The fp32 master weights have no names and do not fit the model one by one: its own copy is exported."
 _MAX_DIMENSIONS = 64
-_UNSUPPORTED = (
-    (re.compile(r"layer_\d+-model(_\d+-model)?_states\.pt"), "a pipeline-parallel checkpoint"),
-    (re.compile(r".*expert_\d+_mp_rank_\d+_\w+_states\.pt"), "an expert-parallel checkpoint"),
-)
+_FACTS_OF_A_SAVE = ("global_steps", "ds_version", "dp_world_size", "mp_world_size")
 
 
 def is_zero(folder: Path) -> bool:
@@ -51,61 +49,117 @@ def open_zero(folder: Path, tag: str | None) -> Checkpoint:
         UsageError: there is no such tag.
     """
     name, notes = choose_tag(folder, tag)
-    files = _list_files(folder / name)
-    states = _read_ranks(files.model_states)
-    shards = [_read_optimizer_shard(path) for path in files.optimizer_shards]
-    checkpoint = replace(_from_model_states(folder, name, states), notes=notes)
-    if not shards:
-        return _without_shards(checkpoint, states)
-    return replace(
-        checkpoint,
-        format="zero",
-        master=_master_weights(states, shards),
-        zero_stage=_stage(shards[0]),
-        world_size=len(shards),
-    )
-
-
-def _read_ranks(paths: Sequence[Path]) -> list[_StateFile]:
-    states = [_read_model_states(path) for path in paths]
-    _check_agreement(states)
-    return states
-
-
-def _from_model_states(folder: Path, name: str, states: Sequence[_StateFile]) -> Checkpoint:
-    """The checkpoint as its model states tell it, without masters."""
-    config = states[0].value.get("ds_config")
-    return Checkpoint(
-        format="zero16",
-        folder=folder,
-        model=_model_weights(folder, states),
-        aliases=_aliases(states[0]),
-        zero_stage=0,
-        world_size=states[0].count("dp_world_size") or 1,
-        tag=name,
-        step=states[0].count("global_steps"),
-        deepspeed_config=config if isinstance(config, dict) else None,
-        is_trained_alone=_is_trained_alone(states[0]),
-    )
-
-
-def _without_shards(checkpoint: Checkpoint, states: Sequence[_StateFile]) -> Checkpoint:
-    """Model states alone: of training without ZeRO, which keeps its masters in them, or with the shards left out."""
-    if checkpoint.model is None:
+    whole = _read_whole(folder, name)
+    checkpoint = whole.checkpoint("zero" if whole.shards else "zero16", whole.model(), whole.master())
+    if checkpoint.model is None and checkpoint.master is None:
         raise IncompleteCheckpointError(
-            f"{checkpoint.tag} holds ZeRO-3 model states but no optimizer shard, so no weights.",
+            f"{name} holds ZeRO-3 model states but no optimizer shard, so no weights.",
             "Copy the *_optim_states.pt files of every rank beside them.",
         )
-    optimizer = states[0].value.get("optimizer")
-    if not has_masters(optimizer):
-        return checkpoint
-    buffers = _buffers(states[0])
-    trained = {name: tensor for name, tensor in checkpoint.model.items() if name not in buffers}
-    masters = name_masters(trained, optimizer)
-    if masters is None:
-        note = "The fp32 master weights have no names and do not fit the model one by one: its own copy is exported."
-        return replace(checkpoint, notes=(*checkpoint.notes, note))
-    return replace(checkpoint, master=masters | buffers)
+    return replace(checkpoint, notes=(*notes, *checkpoint.notes))
+
+
+def _read_whole(folder: Path, tag: str) -> Slice:
+    """The files of a tag that is neither tensor-parallel nor keeps its weights in files of layers or experts.
+
+    Raises:
+        RefusedError: it is, or does.
+    """
+    whole, *others = read_slices(folder, tag)
+    state = whole.states[0].value
+    if others or state["module"] is None or state.get("num_experts"):
+        raise RefusedError(
+            f"The weights of {tag} lie in tensor-parallel slices, a pipeline's layers or experts, which cannot be put "
+            "together from these files.",
+            "Name the checkpoint that the training wrote, with the files of every rank, layer and expert.",
+        )
+    return whole
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one model-parallel rank has of a tag: the files of its data-parallel ranks, in their order.
+
+    Without model parallelism that is all there is.
+    """
+
+    folder: Path
+    tag: str
+    states: Sequence[_StateFile]
+    shards: Sequence[_StateFile]
+
+    def model(self) -> Mapping[str, LazyTensor] | None:
+        """The copy of the weights that the engine trained with, by name."""
+        return _model_weights(self.folder, self.states)
+
+    def master(self) -> Mapping[str, LazyTensor] | None:
+        """The fp32 weights by name, of the partitions or, without ZeRO, of the model states; None where there are none.
+
+        None also where nothing tells the names of those in the model states.
+        """
+        if self.shards:
+            return _master_weights(self.states, self.shards)
+        return _stage0_masters(self.states[0], self.model() or {})
+
+    def checkpoint(
+        self, format_name: str, model: Mapping[str, LazyTensor] | None, master: Mapping[str, LazyTensor] | None
+    ) -> Checkpoint:
+        """The checkpoint of these weights, with the facts that the files tell."""
+        first = self.states[0]
+        config = first.value.get("ds_config")
+        nameless = master is None and has_masters(first.value.get("optimizer"))
+        return Checkpoint(
+            format=format_name,
+            folder=self.folder,
+            model=model,
+            master=master,
+            aliases=_aliases(first),
+            zero_stage=_stage(self.shards[0]) if self.shards else 0,
+            world_size=len(self.shards) or first.count("dp_world_size") or 1,
+            tag=self.tag,
+            step=first.count("global_steps"),
+            deepspeed_config=config if isinstance(config, dict) else None,
+            notes=(_NAMELESS,) if nameless else (),
+            is_trained_alone=_is_trained_alone(first),
+        )
+
+
+def read_slices(folder: Path, tag: str) -> list[Slice]:
+    """The files of every model-parallel rank, which are whole and of one save.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, from another rank, step or run, or unsafe to read.
+    """
+    matches = (_MODEL_STATES.fullmatch(entry.name) for entry in (folder / tag).iterdir())
+    count = 1 + max((int(match["mp"]) for match in matches if match), default=0)
+    slices = [_read_slice(folder, tag, rank) for rank in range(count)]
+    _check_agreement([part.states[0] for part in slices], _FACTS_OF_A_SAVE)
+    for part in slices:
+        wanted = part.states[0].count("mp_world_size") or 1
+        if wanted != count:
+            raise IncompleteCheckpointError(
+                f"{part.states[0].name} is of one of {wanted} model-parallel ranks, the files of {count} are there.",
+                "Copy the files of every rank of this save, and no others.",
+            )
+        if len(part.shards) != len(slices[0].shards):
+            raise IncompleteCheckpointError(
+                f"{part.states[0].name} comes with {len(part.shards)} optimizer shards, {slices[0].states[0].name} "
+                f"with {len(slices[0].shards)}.",
+                "Copy the *_optim_states.pt files of every rank.",
+            )
+    _check_one_save([shard for part in slices for shard in part.shards])
+    return slices
+
+
+def _read_slice(folder: Path, tag: str, mp_rank: int) -> Slice:
+    files = _list_files(folder / tag, mp_rank)
+    states = [_read_model_states(path) for path in files.model_states]
+    _check_agreement(states, (*_FACTS_OF_A_SAVE, "param_shapes", "frozen_param_shapes"))
+    shards = [_read_optimizer_shard(path) for path in files.optimizer_shards]
+    if shards:
+        _check_shards(states, shards)
+        _check_distinct(shards)
+    return Slice(folder, tag, states, shards)
 
 
 def is_universal_tag(folder: Path) -> bool:
@@ -121,6 +175,11 @@ def list_tags(folder: Path, is_kind: Callable[[Path], bool] = _is_zero_tag) -> l
     """The sub-folders of one kind, oldest step first."""
     tags = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.is_symlink() and is_kind(entry)]
     return sorted(tags, key=lambda tag: (_step_of(tag), tag))
+
+
+def has_file(folder: Path, pattern: re.Pattern[str]) -> bool:
+    """Whether a tag in ``folder`` has a file whose whole name matches ``pattern``."""
+    return any(pattern.fullmatch(path.name) for tag in list_tags(folder) for path in (folder / tag).iterdir())
 
 
 def _step_of(tag: str) -> int:
@@ -180,35 +239,25 @@ class _Files:
     optimizer_shards: list[Path]
 
 
-def _list_files(folder: Path) -> _Files:
+def _list_files(folder: Path, mp_rank: int) -> _Files:
     names = sorted(entry.name for entry in folder.iterdir())
-    for pattern, kind in _UNSUPPORTED:
-        found = [name for name in names if pattern.fullmatch(name)]
-        if found:
-            raise RefusedError(
-                f"{found[0]} belongs to {kind}, which cannot be exported.", "Gather it with its trainer."
-            )
-    model_states = _by_rank(folder, names, _MODEL_STATES)
+    model_states = _by_rank(folder, names, _MODEL_STATES, mp_rank)
     if not model_states:
         raise IncompleteCheckpointError(
-            f"{folder.name} holds neither mp_rank_00_model_states.pt nor zero_pp_rank_0_mp_rank_00_model_states.pt.",
+            f"{folder.name} holds neither mp_rank_{mp_rank:02d}_model_states.pt nor "
+            f"zero_pp_rank_0_mp_rank_{mp_rank:02d}_model_states.pt.",
             "Copy the model states of every rank.",
         )
-    return _Files(model_states, _by_rank(folder, names, _OPTIMIZER_SHARD))
+    return _Files(model_states, _by_rank(folder, names, _OPTIMIZER_SHARD, mp_rank))
 
 
-def _by_rank(folder: Path, names: Iterable[str], pattern: re.Pattern[str]) -> list[Path]:
-    """The files that match ``pattern``, in rank order, without a gap."""
+def _by_rank(folder: Path, names: Iterable[str], pattern: re.Pattern[str], mp_rank: int) -> list[Path]:
+    """The files of a model-parallel rank that match ``pattern``, in the order of data-parallel ranks, without a gap."""
     ranks: dict[int, str] = {}
     for name in names:
         match = pattern.fullmatch(name)
-        if match is None:
+        if match is None or int(match["mp"]) != mp_rank:
             continue
-        if int(match["mp"]) > 0:
-            raise RefusedError(
-                f"{name} belongs to a tensor-parallel checkpoint, which cannot be exported.",
-                "Gather it with its trainer.",
-            )
         rank = int(match["rank"] or 0)
         if rank in ranks:
             raise CheckpointError(f"{ranks[rank]} and {name} are both of rank {rank}.", "Remove the one left over.")
@@ -267,28 +316,27 @@ def _is_shapes(group: Any) -> bool:
 
 
 def _read_model_states(path: Path) -> _StateFile:
-    state = _read_state_file(path)
+    state = read_state_file(path)
     for key in ("module", "param_shapes"):
         if key not in state.value:
             _unexpected(state.name, f"it has no {key}")
-    if state.value["module"] is None:
-        raise RefusedError(
-            f"{state.name} has no module: the layers of a pipeline lie elsewhere.", "Gather it with its trainer."
-        )
-    if (state.count("mp_world_size") or 1) > 1:
-        raise RefusedError(f"{state.name} belongs to a tensor-parallel checkpoint.", "Gather it with its trainer.")
     return state
 
 
 def _read_optimizer_shard(path: Path) -> _StateFile:
-    state = _read_state_file(path)
+    state = read_state_file(path)
     value = state.value.get("optimizer_state_dict")
     if not isinstance(value, dict):
         _unexpected(state.name, "it has no optimizer_state_dict")
     return _StateFile(state.name, value)
 
 
-def _read_state_file(path: Path) -> _StateFile:
+def read_state_file(path: Path) -> _StateFile:
+    """What a rank's file holds: a mapping.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, was saved under another name, or holds something else.
+    """
     name = f"{path.parent.name}/{path.name}"
     file = read_torch_file(path)
     if file.root not in ("archive", path.stem):
@@ -305,9 +353,9 @@ def _unexpected(name: str, reason: str) -> NoReturn:
     raise CheckpointError(f"{name} is not what DeepSpeed writes: {reason}.", "Copy the file again.")
 
 
-def _check_agreement(files: Sequence[_StateFile]) -> None:
+def _check_agreement(files: Sequence[_StateFile], keys: Sequence[str]) -> None:
     """All ranks' model states are of one step of one run."""
-    for key in ("global_steps", "ds_version", "dp_world_size", "param_shapes", "frozen_param_shapes"):
+    for key in keys:
         for file in files[1:]:
             if _ordered(file, key) != _ordered(files[0], key):
                 found, expected = (_brief(state.value.get(key)) for state in (file, files[0]))
@@ -385,8 +433,9 @@ def read_converted(folder: Path, name: str) -> Converted:
         CheckpointError: a file is missing, damaged, from another rank, step or run, or unsafe to read.
         RefusedError: the checkpoint is of a kind that cannot be exported.
     """
-    states = _read_ranks(_list_files(folder / name).model_states)
-    shard = _read_state_file(folder / name / "zero" / "optimizer_state.pt")
+    whole = _read_whole(folder, name)
+    states, trained = whole.states, whole.states[0].trained()
+    shard = read_state_file(folder / name / "zero" / "optimizer_state.pt")
     stage, ranks = _stage(shard), _partition_count(shard) or len(states)
     if (stage == 3) is not _is_partitioned(states[0]):
         raise CheckpointError(
@@ -401,8 +450,7 @@ def read_converted(folder: Path, name: str) -> Converted:
         untrained = _stage3_frozen(states) | _buffers(states[0])
     else:
         untrained = _untrained(states[0]) | _stage12_frozen(states[0])
-    checkpoint = replace(_from_model_states(folder, name, states), zero_stage=stage, world_size=ranks)
-    trained = states[0].trained()
+    checkpoint = replace(whole.checkpoint("universal", whole.model(), None), zero_stage=stage, world_size=ranks)
     return Converted(checkpoint, trained, untrained, _first_pieces(shard, trained, ranks) if stage == 3 else {})
 
 
@@ -423,11 +471,19 @@ def _first_pieces(shard: _StateFile, trained: Mapping[str, tuple[int, ...]], ran
 
 
 def _master_weights(states: Sequence[_StateFile], shards: Sequence[_StateFile]) -> dict[str, LazyTensor]:
-    _check_shards(states, shards)
-    _check_distinct(shards)
     if _stage(shards[0]) == 3:
         return _stage3_parameters(states, shards) | _stage3_frozen(states) | _buffers(states[0])
-    return _untrained(states[0]) | _stage12_parameters(states[0], shards) | _stage12_frozen(states[0])
+    return _untrained(states[0]) | stage12_parameters(states[0], shards) | _stage12_frozen(states[0])
+
+
+def _stage0_masters(state: _StateFile, model: Mapping[str, LazyTensor]) -> dict[str, LazyTensor] | None:
+    """The masters in model states; None where there are none, or none that fit the copy ``model`` one by one."""
+    optimizer = state.value.get("optimizer")
+    if not has_masters(optimizer):
+        return None
+    buffers = _buffers(state)
+    masters = name_masters({name: tensor for name, tensor in model.items() if name not in buffers}, optimizer)
+    return None if masters is None else masters | buffers
 
 
 def _buffers(state: _StateFile) -> dict[str, LazyTensor]:
@@ -454,7 +510,7 @@ def _stage(shard: _StateFile) -> int:
 
 
 def _check_shards(states: Sequence[_StateFile], shards: Sequence[_StateFile]) -> None:
-    """Every rank is there, and all are of one step."""
+    """The shard of every rank is there, and for ZeRO-3 its model states."""
     for shard in shards:
         world_size = _partition_count(shard) or len(shards)
         if world_size != len(shards):
@@ -468,6 +524,12 @@ def _check_shards(states: Sequence[_StateFile], shards: Sequence[_StateFile]) ->
             f"There are {len(shards)} ranks' optimizer shards but {len(states)} ranks' model states.",
             "Copy the files of every rank.",
         )
+
+
+def _check_one_save(shards: Sequence[_StateFile]) -> None:
+    """All ranks' optimizer shards are of one step of one run."""
+    if not shards:
+        return
     first, *others = ((shard, _optimizer_steps(shard)) for shard in shards)
     for shard, steps in others:
         if _stage(shard) != _stage(first[0]) or shard.value.get("ds_version") != first[0].value.get("ds_version"):
@@ -554,7 +616,7 @@ def _partitions(shard: _StateFile, key: str) -> list[StoredTensor]:
     return value
 
 
-def _stage12_parameters(state: _StateFile, shards: Sequence[_StateFile]) -> dict[str, LazyTensor]:
+def stage12_parameters(state: _StateFile, shards: Sequence[_StateFile]) -> dict[str, LazyTensor]:
     """Each group's partitions, joined in rank order, are one vector with its parameters one after the other.
 
     A parameter is followed by its entry of ``param_alignment_paddings`` (elements), where there is that key.

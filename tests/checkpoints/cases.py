@@ -10,17 +10,17 @@ from typing import Any, Literal
 class Case:
     """One checkpoint folder.
 
-    ``writer`` is who writes it: DeepSpeed's ``engine.save_checkpoint``, the Hugging Face Trainer on top of DeepSpeed,
-    or ``save_pretrained`` and ``torch.save`` without DeepSpeed. ``deepspeed`` is laid over the DeepSpeed configuration,
-    ``config`` over the model's; ``optimizer`` goes to AdamW besides the learning rate. ``frozen`` lists prefixes of
-    parameter names that are not trained, and not in the save where it is ``without_frozen``. A model that is
-    ``born_partitioned`` is built under ``zero.Init``. A ``universal`` checkpoint is made of the one that was saved.
-    ``version`` is DeepSpeed's.
+    ``writer`` is who writes it: DeepSpeed's ``engine.save_checkpoint``, its pipeline engine, the Hugging Face Trainer
+    on top of DeepSpeed, or ``save_pretrained`` and ``torch.save`` without DeepSpeed. ``deepspeed`` is laid over the
+    DeepSpeed configuration, ``config`` over the model's; ``optimizer`` goes to AdamW besides the learning rate.
+    ``frozen`` lists prefixes of parameter names that are not trained, and not in the save where it is
+    ``without_frozen``. A model that is ``born_partitioned`` is built under ``zero.Init``. A ``universal`` checkpoint is
+    made of the one that was saved. ``version`` is DeepSpeed's.
     """
 
     name: str
     model: str
-    writer: Literal["engine", "trainer", "safetensors", "bin"] = "engine"
+    writer: Literal["engine", "pipeline", "trainer", "safetensors", "bin"] = "engine"
     zero_stage: int | None = None
     world_size: int = 2
     precision: Literal["fp32", "fp16", "bf16"] = "bf16"
@@ -42,6 +42,15 @@ class Case:
 def _zero(**options: Any) -> dict[str, Any]:
     return {"zero_optimization": options}
 
+
+_SGD = {
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "zero_allow_untested_optimizer": True,
+}
+"""No state but the weights: small files."""
+
+_TENSOR_PARALLEL = {"tensor_parallel": {"autotp_size": 2}, **_SGD}
+_GROUPED_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
 
 _CASES = [
     Case("falcon-trainer-zero2", "falcon", "trainer", 2, steps=1000, learning_rate=1e-2, save_total_limit=2),
@@ -97,6 +106,14 @@ _CASES = [
     Case("tiny-zero3-deepspeed-0.16", "tiny", zero_stage=3, version="0.16.9"),
     Case("tiny-universal-zero2", "tiny", zero_stage=2, frozen=("lm_head.",), universal=True),
     Case("tiny-universal-zero3", "tiny", zero_stage=3, world_size=3, frozen=("lm_head.",), universal=True),
+    Case("llama-tp-zero2", "llama", zero_stage=2, world_size=4, config=_GROUPED_HEADS, deepspeed=_TENSOR_PARALLEL),
+    Case("tiny-tp-stage0", "tiny", zero_stage=0, config={"num_key_value_heads": 2}, deepspeed=_TENSOR_PARALLEL),
+    Case(
+        "neox-tp-zero3", "neox", zero_stage=3, world_size=4, config={"num_hidden_layers": 1}, deepspeed=_TENSOR_PARALLEL
+    ),
+    Case("llama-pipeline", "llama", "pipeline", zero_stage=1, deepspeed=_SGD),
+    Case("llama-pipeline-tied", "llama", "pipeline", 1, 4, config={"tie_word_embeddings": True}, deepspeed=_SGD),
+    Case("experts-zero2", "experts", zero_stage=2, world_size=4, deepspeed=_SGD),
 ]
 
 CASES = {case.name: case for case in _CASES}

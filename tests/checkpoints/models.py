@@ -94,7 +94,8 @@ def make_model(model: str, changes: dict[str, Any], tokenizer: PreTrainedTokeniz
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = _config(model, {"vocab_size": len(tokenizer), **changes}, tokenizer.eos_token_id)
-    result: PreTrainedModel = _custom_class()(config) if model == "custom" else AutoModelForCausalLM.from_config(config)
+    own = {"custom": _custom_class, "experts": _experts_class}.get(model)
+    result: PreTrainedModel = own()(config) if own else AutoModelForCausalLM.from_config(config)
     result.config.architectures = [type(result).__name__]
     result.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, max_length=128)
     return result
@@ -130,6 +131,13 @@ def _config(model: str, options: dict[str, Any], eos: int) -> PreTrainedConfig:
                 "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
             }
             return config
+        case "experts":
+            config = sys.modules[_experts_class().__module__].ExpertsConfig(**{**special, **options})
+            config.auto_map = {
+                "AutoConfig": "configuration_experts.ExpertsConfig",
+                "AutoModelForCausalLM": "modeling_experts.ExpertsForCausalLM",
+            }
+            return config
     raise ValueError(f"unknown model {model}")
 
 
@@ -140,3 +148,9 @@ def _custom_class() -> type[PreTrainedModel]:
     from custom_code.modeling_tiny import TinyForCausalLM
 
     return TinyForCausalLM
+
+
+def _experts_class() -> type[PreTrainedModel]:
+    from custom_code.modeling_experts import ExpertsForCausalLM
+
+    return ExpertsForCausalLM

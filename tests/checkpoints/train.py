@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch._dynamo
 from cases import CASES, Case
 from models import BASE_MODEL, HERE, NO_LOSS, Example, examples, make_model, make_tokenizer, marked_examples
+from parallel import from_all_ranks, join_experts, join_slices, make_pipeline, name_in_model, spread_experts
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
@@ -35,7 +36,13 @@ def main() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not name.startswith(case.frozen)
     initial = {name: whole(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    write = {"engine": with_engine, "trainer": with_trainer, "safetensors": alone, "bin": alone}[case.writer]
+    write = {
+        "engine": with_engine,
+        "pipeline": with_pipeline,
+        "trainer": with_trainer,
+        "safetensors": alone,
+        "bin": alone,
+    }[case.writer]
     truth, facts = write(case, model, tokenizer)
     if truth:
         check_what_moved(case, initial, truth)
@@ -54,16 +61,23 @@ def with_engine(
     if not deepspeed.__version__.startswith(case.version):
         raise RuntimeError(f"{case.name} is made with DeepSpeed {case.version}, not {deepspeed.__version__}")
     allow_fp16()
+    degree = case.deepspeed.get("tensor_parallel", {}).get("autotp_size", 1)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for _, parameter in trained if parameter.ndim > 1], "weight_decay": 0.1},
         {"params": [parameter for _, parameter in trained if parameter.ndim == 1], "weight_decay": 0.0},
     ]
+    if case.model == "experts":
+        deepspeed.init_distributed("gloo")
+        groups = spread_experts(model)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=deepspeed_config(case))
     rank = torch.distributed.get_rank()
     rows = examples(tokenizer)
     for step in range(case.steps):
-        batch = pad(tokenizer, rows[2 * step + rank :][:2])
+        batch = pad(tokenizer, rows[2 * step + rank // degree :][:2])
+        if case.model == "experts":  # Experts exchange equal numbers of positions.
+            batch = dict.fromkeys(batch, batch["input_ids"][:, :8])
         engine.backward(engine(**batch).loss)
         engine.step()
     checkpoint, tag = Path("checkpoint"), f"global_step{case.steps}"
@@ -76,6 +90,10 @@ def with_engine(
         if case.universal:
             tag = convert_to_universal(checkpoint, tag)
     truth = live_weights(model, known_masters(case, model, engine))
+    if degree > 1:
+        truth = join_slices(truth, shapes, degree)
+    if case.model == "experts":
+        truth = join_experts(truth)
     return (truth if rank == 0 else {}), {"tag": tag, "step": case.steps}
 
 
@@ -88,6 +106,34 @@ def convert_to_universal(checkpoint: Path, tag: str) -> str:
     shutil.rmtree(checkpoint / tag)
     (checkpoint / "latest").unlink()
     return universal
+
+
+def with_pipeline(
+    case: Case, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Trains with DeepSpeed's pipeline engine, whose layers are the model's own modules."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    pipeline = make_pipeline(model)
+    engine, *_ = deepspeed.initialize(
+        model=pipeline, model_parameters=list(pipeline.parameters()), config=deepspeed_config(case)
+    )
+    rows = examples(tokenizer)
+    batches = (pad(tokenizer, rows[2 * step :][:2])["input_ids"][:, :8] for step in range(case.steps))
+    for ids in batches:
+        engine.train_batch(data_iter=iter([(ids, ids)]))
+    checkpoint = Path("checkpoint")
+    engine.save_checkpoint(str(checkpoint))
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        save_beside(case, model, tokenizer, checkpoint)
+    stages = from_all_ranks(live_weights(pipeline))
+    blocks = model.config.num_hidden_layers
+    truth = {name_in_model(name, blocks): tensor for own in stages for name, tensor in own.items()}
+    if model.config.tie_word_embeddings:
+        truth["lm_head.weight"] = truth["model.embed_tokens.weight"].clone()
+    return (truth if rank == 0 else {}), {"tag": f"global_step{case.steps}", "step": case.steps, "format": "pipeline"}
 
 
 def with_trainer(
@@ -178,7 +224,7 @@ def deepspeed_config(case: Case) -> dict[str, Any]:
     if case.precision == "fp16":
         config["fp16"] = {"enabled": True, "initial_scale_power": 8}
     for section, options in case.deepspeed.items():
-        config[section] = {**config.get(section, {}), **options}
+        config[section] = {**config.get(section, {}), **options} if isinstance(options, dict) else options
     return config
 
 
@@ -289,8 +335,8 @@ def save_beside(case: Case, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
     tokenizer.save_pretrained(folder)
     if case.model in BASE_MODEL:
         note_base_model(case, folder)
-    if case.model == "custom":
-        for source in (HERE / "custom_code").glob("*.py"):
+    if case.model in ("custom", "experts"):
+        for source in (HERE / "custom_code").glob("*_tiny.py" if case.model == "custom" else "*_experts.py"):
             shutil.copy(source, folder)
 
 
