@@ -10,6 +10,7 @@ containers) or to overflow the C stack (hashing a deep tuple).
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,7 +25,7 @@ MAX_NODES = 2**26
 MAX_DEPTH = 200
 """What walking through the result may cost: its nodes, shared ones counted each time, and its depth."""
 
-_LIST_BYTES, _DICT_BYTES, _SET_BYTES, _TUPLE_BYTES, _CALL_BYTES = 88, 232, 256, 56, 800
+_LIST_BYTES, _DICT_BYTES, _SET_BYTES, _TUPLE_BYTES, _CALL_BYTES, _STUB_BYTES = 88, 232, 256, 56, 800, 320
 _LONG_STRING = 64
 _MAX_NAME_LENGTH = 1000
 _MAX_INT_BYTES = 1024
@@ -462,13 +463,12 @@ class Unpickler:
 
     @_opcode(b"R")
     def _reduce(self) -> None:
-        self._spend(_CALL_BYTES)
         args, function = self._stack.pop(), self._stack.pop()
         if type(args) is not tuple:
             raise PickleError("its pickle calls a function with what is no tuple of arguments")
         if type(function) is Reference:
             call = self._calls.get((function.module, function.name))
-            value = Stub(str(function), args) if call is None else call(*args)
+            value = Stub(sys.intern(str(function)), args) if call is None else call(*args)
         elif type(function) is Stub:
             value = Stub(function.name, (function, *args))
         else:
@@ -486,13 +486,14 @@ class Unpickler:
         self._push_new(cls, (*args, keywords))
 
     def _push_new(self, cls: Any, args: Any) -> None:
-        self._spend(_CALL_BYTES)
         if type(cls) is not Reference or type(args) is not tuple:
             _refuse("makes an object of", cls)
-        self._push_object(Stub(str(cls), args))
+        self._push_object(Stub(sys.intern(str(cls)), args))
 
     def _push_object(self, value: Any) -> None:
-        if type(value) is Stub:
+        kind = type(value)
+        self._spend(_STUB_BYTES if kind is Stub else _TUPLE_BYTES if kind is tuple else _CALL_BYTES)
+        if kind is Stub:
             self._stubs.append(value)
         self._stack.append(value)
 
