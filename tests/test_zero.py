@@ -624,7 +624,7 @@ def test_a_huge_checkpoint_is_opened_with_one_look_at_each_pickle_and_none_at_it
     monkeypatch.setattr(Unpickler, "load", count)
     monkeypatch.setattr(SourceFiles, "_read", lambda *args: pytest.fail("elements were read"))
     opened = open_checkpoint(tmp_path / "checkpoint")
-    assert len(parsed) == 2 * ranks
+    assert len(parsed) == 1 + ranks, "the ranks' model states have the same pickle"
     assert opened.master is not None
     assert sum(tensor.nbytes for tensor in opened.master.values()) == 4 * layers * width
 

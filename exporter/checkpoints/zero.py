@@ -19,7 +19,7 @@ from exporter.checkpoints.checkpoint import Checkpoint
 from exporter.checkpoints.folder import is_name, regular_size
 from exporter.checkpoints.pretrained import is_pretrained, read_pretrained
 from exporter.checkpoints.stage0 import has_masters, name_masters
-from exporter.checkpoints.torch_file import Stub, read_torch_file
+from exporter.checkpoints.torch_file import Stub, TorchFile, read_torch_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTensor, Vector
 
@@ -153,7 +153,7 @@ def read_slices(folder: Path, tag: str) -> list[Slice]:
 
 def _read_slice(folder: Path, tag: str, mp_rank: int) -> Slice:
     files = _list_files(folder / tag, mp_rank)
-    states = [_read_model_states(path) for path in files.model_states]
+    states = _read_ranks(files.model_states)
     _check_agreement(states, (*_FACTS_OF_A_SAVE, "param_shapes", "frozen_param_shapes"))
     shards = [_read_optimizer_shard(path) for path in files.optimizer_shards]
     if shards:
@@ -271,10 +271,11 @@ def _by_rank(folder: Path, names: Iterable[str], pattern: re.Pattern[str], mp_ra
 
 @dataclass(frozen=True)
 class _StateFile:
-    """One rank's file: what it is called and what it holds."""
+    """One rank's file: what it is called, and what it holds or the part of it that counts."""
 
     name: str
     value: Mapping[str, Any]
+    file: TorchFile
 
     def tensors(self, key: str) -> Mapping[str, LazyTensor]:
         """The mapping from names to tensors at ``key``, empty where there is none."""
@@ -315,8 +316,16 @@ def _is_shapes(group: Any) -> bool:
     )
 
 
-def _read_model_states(path: Path) -> _StateFile:
-    state = read_state_file(path)
+def _read_ranks(paths: Sequence[Path]) -> list[_StateFile]:
+    """The model states of data-parallel ranks. They are alike, but for pieces of frozen parameters: if there are none,
+    a pickle that is the first rank's to the byte is not parsed again."""
+    first = _read_model_states(paths[0])
+    twin = None if first.value.get("frozen_param_fragments") else first.file
+    return [first, *(_read_model_states(path, twin) for path in paths[1:])]
+
+
+def _read_model_states(path: Path, twin: TorchFile | None = None) -> _StateFile:
+    state = read_state_file(path, twin)
     for key in ("module", "param_shapes"):
         if key not in state.value:
             _unexpected(state.name, f"it has no {key}")
@@ -328,17 +337,17 @@ def _read_optimizer_shard(path: Path) -> _StateFile:
     value = state.value.get("optimizer_state_dict")
     if not isinstance(value, dict):
         _unexpected(state.name, "it has no optimizer_state_dict")
-    return _StateFile(state.name, value)
+    return replace(state, value=value)
 
 
-def read_state_file(path: Path) -> _StateFile:
-    """What a rank's file holds: a mapping.
+def read_state_file(path: Path, twin: TorchFile | None = None) -> _StateFile:
+    """What a rank's file holds: a mapping; that of ``twin`` if both have the same pickle.
 
     Raises:
         CheckpointError: the file is missing or damaged, was saved under another name, or holds something else.
     """
     name = f"{path.parent.name}/{path.name}"
-    file = read_torch_file(path)
+    file = read_torch_file(path, twin)
     if file.root not in ("archive", path.stem):
         raise CheckpointError(
             f"{name} was saved as {file.root}.pt: it is another rank's or another run's file under this name.",
@@ -346,7 +355,7 @@ def read_state_file(path: Path) -> _StateFile:
         )
     if not isinstance(file.value, dict):
         _unexpected(name, "it does not hold a mapping")
-    return _StateFile(name, file.value)
+    return _StateFile(name, file.value, file)
 
 
 def _unexpected(name: str, reason: str) -> NoReturn:
