@@ -65,6 +65,19 @@ class PromptFacts:
 
 
 @dataclass(frozen=True)
+class AdapterFacts:
+    """What one must know to load an adapter onto its base model.
+
+    ``base_revision`` is the commit of the base. ``rows`` are those that the training gave to the base's embedding
+    (None: as many as it had). ``has_tokenizer`` says that a tokenizer lies beside the adapter.
+    """
+
+    base_revision: str
+    rows: int | None = None
+    has_tokenizer: bool = True
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """What is known of a training: sizes of batches in samples, ``context_length`` in tokens, losses of the last log.
 
@@ -103,7 +116,8 @@ class CardFacts:
 
     ``repo_name`` is NAMESPACE/NAME. ``dtype`` is the weights' (None: several), ``parameters`` their number of elements,
     ``context_length`` the longest sequence that the architecture takes, in tokens. ``trust_remote_code`` says that the
-    model cannot be loaded without its own code. ``export_command`` holds no token and no local path.
+    model cannot be loaded without its own code. ``adapter`` is None where the weights are a whole model.
+    ``export_command`` holds no token and no local path.
     """
 
     repo_name: str | None = None
@@ -118,6 +132,7 @@ class CardFacts:
     parameters: int | None = None
     context_length: int | None = None
     trust_remote_code: bool = False
+    adapter: AdapterFacts | None = None
     prompt: PromptFacts | None = None
     training: TrainingFacts = TrainingFacts()
     training_configs: tuple[TrainingConfig, ...] = ()
@@ -360,6 +375,8 @@ def sample_code(facts: CardFacts) -> str:
     dtype = f"torch.{facts.dtype.value}" if facts.dtype else '"auto"'
     pipeline = ['"text-generation"', "model=model", "tokenizer=tokenizer", f"dtype={dtype}", *trust]
     prompt = facts.prompt.example if facts.prompt else QUESTION
+    if facts.adapter:
+        return _adapter_code(facts, facts.adapter)
     return "\n".join(
         [
             "from transformers import AutoTokenizer",
@@ -381,12 +398,52 @@ def sample_code(facts: CardFacts) -> str:
     )
 
 
+def _adapter_code(facts: CardFacts, adapter: AdapterFacts) -> str:
+    """The same for an adapter: the base is loaded at the commit that it was trained onto, in its own dtype."""
+    trust = ["trust_remote_code=True"] if facts.trust_remote_code else []
+    base = ["base", f"revision={_literal(adapter.base_revision)}"]
+    tokenizer = ["adapter"] if adapter.has_tokenizer else base
+    resized = [f"model.resize_token_embeddings({adapter.rows}, mean_resizing=False)"] if adapter.rows else []
+    prompt = facts.prompt
+    template = ", add_special_tokens=False" if prompt and prompt.is_chat_template else ""
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"base = {_literal(facts.base_model or '')}",
+            f"adapter = {_literal(facts.repo_name or '.')}",
+            "",
+            *_call("tokenizer = AutoTokenizer.from_pretrained", [*tokenizer, *trust]),
+            *_call("model = AutoModelForCausalLM.from_pretrained", [*base, 'dtype="auto"', *trust]),
+            *resized,
+            "model = PeftModel.from_pretrained(model, adapter)",
+            "",
+            f"input_text = {_literal(prompt.example if prompt else QUESTION)}",
+            "",
+            f'inputs = tokenizer(input_text, return_tensors="pt"{template})',
+            *_call("outputs = model.generate", [*_ADAPTER_INPUTS, *_sampling_arguments(facts)]),
+            'print("Result:", tokenizer.decode(outputs[0, inputs.input_ids.shape[1] :]))',
+            "",
+        ]
+    )
+
+
+_ADAPTER_INPUTS = ("input_ids=inputs.input_ids", "attention_mask=inputs.attention_mask")
+
+
 def _generation_arguments(facts: CardFacts) -> Iterator[str]:
     prompt = facts.prompt
     if prompt and prompt.is_chat_template:
         yield "add_special_tokens=False"
+    yield "return_full_text=False"
+    yield from _sampling_arguments(facts)
+
+
+def _sampling_arguments(facts: CardFacts) -> Iterator[str]:
+    prompt = facts.prompt
     yield f"max_new_tokens={_reply_length(facts.context_length)}"
-    yield from ("do_sample=True", "return_full_text=False", "top_k=10", "num_return_sequences=1")
+    yield from ("do_sample=True", "top_k=10", "num_return_sequences=1")
     if prompt and prompt.eos_token:
         yield f"eos_token_id={_stop_ids(prompt)}"
         yield "pad_token_id=tokenizer.eos_token_id"
@@ -466,9 +523,10 @@ def _front_matter(facts: CardFacts) -> str:
     fields = {
         "license": facts.license,
         "language": list(facts.languages),
-        "library_name": "transformers",
+        "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": facts.pipeline_tag,
         "base_model": facts.base_model,
+        "base_model_relation": "adapter" if facts.adapter else None,
         "datasets": list(facts.datasets),
         "tags": sorted(set(facts.tags)),
     }

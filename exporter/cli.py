@@ -130,6 +130,7 @@ weight_options = options(
         show_default=True,
         help="DeepSpeed: the fp32 master weights, or the model's own copy. auto: the copy where it is exact.",
     ),
+    option("--keep_adapter", is_flag=True, help="Export a LoRA adapter as it is, not merged into its base model."),
     option("--max_shard_size", metavar="SIZE", default="5GB", show_default=True, help="Upper bound of a weight file."),
     option("--allow_nonfinite", is_flag=True, help="Export NaN and infinite weights."),
     option(

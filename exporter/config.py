@@ -1,4 +1,4 @@
-"""config.json and generation_config.json: edited as JSON, never re-made.
+"""config.json, generation_config.json and adapter_config.json: edited as JSON, never re-made.
 
 Loading a config into its class and saving it again drops and renames keys that other readers need. Only what the
 export changes is changed: the dtype, the rows of the vocabulary, the special token ids, and what only this machine can
@@ -115,6 +115,22 @@ def edit_generation_config(
     edited = _without_paths(copy.deepcopy(dict(generation_config or {})))
     _agree_on_tokens(edited, vocabulary, stops=True)
     return edited
+
+
+def edit_adapter_config(adapter: Mapping[str, Any], base_model: str, revision: str) -> dict[str, Any]:
+    """adapter_config.json of an adapter for the model ``base_model`` on the Hub at the commit ``revision``.
+
+    It is for inference, and without paths of the trainer. Settings: ``peft/config.py`` of PEFT 0.21.
+    """
+    edited = {key: _without_paths(value) if isinstance(value, dict) else value for key, value in adapter.items()}
+    named = {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
+    return _without_paths(edited) | named
+
+
+def vocabulary_rows(config: Mapping[str, Any]) -> int | None:
+    """The rows of the embedding that ``config`` describes; None where it does not say."""
+    rows = _text_part(dict(config)).get("vocab_size")
+    return rows if isinstance(rows, int) else None
 
 
 def dump_json(value: Mapping[str, Any]) -> bytes:

@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from exporter.adapter import adapter_facts, adapter_vocabulary, base_on_hub
 from exporter.architecture import Account, Architecture, account, ask_architecture, name_layers
 from exporter.card import (
     CardFacts,
+    CardMetadata,
     PromptFacts,
     TrainingConfig,
     read_card_metadata,
@@ -26,16 +28,20 @@ from exporter.card import (
     render_card,
 )
 from exporter.checkpoints import Checkpoint, WeightsChoice
+from exporter.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
+from exporter.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from exporter.checkpoints.adapter import count_merged
 from exporter.checksums import check_members
 from exporter.code import read_code
 from exporter.config import (
     dump_json,
+    edit_adapter_config,
     edit_config,
     edit_generation_config,
     read_config,
     read_generation_config,
     untied,
+    vocabulary_rows,
     with_rows,
 )
 from exporter.console import Console
@@ -56,11 +62,11 @@ from exporter.hub import (
 from exporter.inputs import Inputs
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, Manifest
-from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export
+from exporter.plan import INDEX_NAME, ExportPlan, Shard, plan_export, plan_file
 from exporter.processor import read_processor
 from exporter.report import Report, package_versions
 from exporter.shards import Batch, NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
-from exporter.source import CodeElsewhere, find_model, open_model
+from exporter.source import CodeElsewhere, find_model, open_kept_adapter, open_model
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import DType, GrownTensor, LazyTensor, Member, Piece
 from exporter.tokenizer import QUESTION, Vocabulary, embedding_rows, settle_vocabulary
@@ -99,6 +105,7 @@ class Options:
     rehearse: bool = False
     no_publish: bool = False
     output_folder: Path | None = None
+    keep_adapter: bool = False
     overwrite: bool = False
     dry_run: bool = False
     verify: str = "source"
@@ -135,14 +142,15 @@ class Options:
 class PlannedWeights:
     """What becomes of the weights: the files that they are written to, and where they come from.
 
-    ``weights`` is the set that is read (master or model), ``dtype`` what config.json says, ``rows`` those of the
-    embedding (None: there is none). ``config`` is config.json for these weights, apart from dtype, rows and tokens.
-    ``copies`` are the model's own weights where the master weights are written. ``notes`` are for the user.
+    ``class_name`` is the architecture's. ``weights`` is the set that is read (master or model), ``dtype`` what
+    config.json says, ``rows`` those of the embedding (None: there is none). ``config`` is config.json for these
+    weights, apart from dtype, rows and tokens; of an adapter that of its base. ``copies`` are the model's own weights
+    where the master weights are written. ``notes`` are for the user.
     """
 
     plan: ExportPlan
     account: Account
-    architecture: Architecture
+    class_name: str
     config: Mapping[str, Any]
     weights: str
     dtype: DType
@@ -155,6 +163,7 @@ class PlannedWeights:
 class Prepared:
     """Everything that is known before the first byte is written; ``texts`` are all files but the weights.
 
+    The card is the last of ``texts``, made of the facts of the others.
     ``code_commits`` are the repositories that code was taken from, each with its commit.
     """
 
@@ -204,7 +213,8 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         if options.verify == "load":
             with report.timed("load"):
                 prompt = prompt_of(prepared.vocabulary)
-                report.checks.append(check_loads(staging.folder, prompt, options.trust_remote_code))
+                trust = options.trust_remote_code
+                report.checks.append(check_loads(staging.folder, prompt, trust, options.cache_dir))
         report.status = "exported"
         if options.rehearse and destination is not None:
             rehearse(destination, staging.folder, files, prepared, options, report, console)
@@ -281,6 +291,23 @@ def _connect(
 def prepare(options: Options, report: Report, console: Console) -> Prepared:
     """Open the checkpoint, settle the tokenizer, match the weights with the architecture, plan every file."""
     access = replace(options.access, bars=not console.quiet)
+    prepared = (prepare_adapter if options.keep_adapter else prepare_model)(options, access, console)
+    checkpoint, vocabulary, planned = prepared.checkpoint, prepared.vocabulary, prepared.planned
+    for note in planned.notes:
+        console.warn(note)
+    report.checkpoint = describe(checkpoint, planned.weights)
+    report.vocabulary = _describe_vocabulary(vocabulary, planned.rows)
+    report.tensors = _describe_tensors(planned)
+    facts = card_facts(options, checkpoint, vocabulary, planned)
+    card = render_card(facts, options.card_template).encode()
+    prepared = replace(prepared, texts={**prepared.texts, "README.md": card})
+    require_no_credentials({**_given_texts(options, facts), **prepared.texts}, known_tokens(options.auth_token))
+    report.output = _describe_plan(planned, prepared.texts)
+    return prepared
+
+
+def prepare_model(options: Options, access: HubAccess, console: Console) -> Prepared:
+    """The repository of a model, without its card."""
     checkpoint = open_model(options.checkpoint, options.tag, options.base_model, access, console)
     for note in checkpoint.notes:
         console.note(note)
@@ -296,11 +323,6 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
     elsewhere = CodeElsewhere(access, console)
     code = read_code(checkpoint.config_folder, elsewhere if options.trust_remote_code else None)
     planned = plan_weights(options, checkpoint, config, code, vocabulary)
-    for note in planned.notes:
-        console.warn(note)
-    report.checkpoint = describe(checkpoint, planned.weights)
-    report.vocabulary = _describe_vocabulary(vocabulary, planned.rows)
-    report.tensors = _describe_tensors(planned)
     edited = edit_config(planned.config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
     texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
     texts |= read_processor(checkpoint.config_folder)
@@ -309,11 +331,48 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
         texts["generation_config.json"] = dump_json(generation)
     if planned.plan.index is not None:
         texts[INDEX_NAME] = planned.plan.index
-    facts = card_facts(options, checkpoint, config, vocabulary, planned)
-    texts["README.md"] = render_card(facts, options.card_template).encode()
-    require_no_credentials(_given_texts(options, facts) | texts, known_tokens(options.auth_token))
-    report.output = _describe_plan(planned, texts)
     return Prepared(checkpoint, vocabulary, planned, texts, elsewhere.commits)
+
+
+def prepare_adapter(options: Options, access: HubAccess, console: Console) -> Prepared:
+    """The repository of an adapter, without its card.
+
+    Raises:
+        UsageError: it would be published in the place of its own base.
+        RefusedError: a tokenizer is asked for that the adapter or the base's embedding does not have.
+    """
+    checkpoint = open_kept_adapter(options.checkpoint, options.tag, options.base_model, access, console)
+    for note in checkpoint.notes:
+        console.note(note)
+    base, commit = base_on_hub(checkpoint)
+    if options.repo_name == base:
+        raise UsageError(f"{base} is the adapter's base model.", "Name another repository.")
+    planned = plan_adapter(options, checkpoint)
+    vocabulary = adapter_vocabulary(checkpoint, planned.config, options.prompt_format, options.special_tokens)
+    edited = edit_adapter_config(checkpoint.adapter or {}, base, commit)
+    texts = {ADAPTER_CONFIG: dump_json(edited), **vocabulary.files}
+    return Prepared(checkpoint, vocabulary, planned, texts, {})
+
+
+def plan_adapter(options: Options, checkpoint: Checkpoint) -> PlannedWeights:
+    """All tensors of an adapter in one file, under the names that they have."""
+    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
+    target = _TARGETS[options.dtype]
+    chosen = checkpoint.choose(options.weights, lambda name, dtype: True)
+    weights = checkpoint.weights(chosen)
+    dtypes = {name: target if target and tensor.dtype.is_floating else tensor.dtype for name, tensor in weights.items()}
+    plan = plan_file(ADAPTER_WEIGHTS, weights, dtypes, options.max_shard_size)
+    return PlannedWeights(
+        plan=plan,
+        account=Account(weights=weights, tied={}, dropped={}, tied_values={}),
+        class_name=str((config.get("architectures") or [""])[0]),
+        config=config,
+        weights=chosen,
+        dtype=target or _most_common(plan),
+        rows=vocabulary_rows(config),
+        copies={},
+        notes=plan.notes,
+    )
 
 
 def plan_weights(
@@ -354,7 +413,7 @@ def plan_weights(
     return PlannedWeights(
         plan=plan,
         account=matched,
-        architecture=architecture,
+        class_name=architecture.class_name,
         config=config,
         weights=chosen,
         dtype=target or _most_common(plan),
@@ -462,27 +521,28 @@ def _most_common(plan: ExportPlan) -> DType:
 def card_facts(
     options: Options,
     checkpoint: Checkpoint,
-    config: Mapping[str, Any],
     vocabulary: Vocabulary,
     planned: PlannedWeights,
 ) -> CardFacts:
     """What the card can say of this export: options first, then what the checkpoint knows."""
+    config = planned.config
     configs = tuple(TrainingConfig(path.name, _read_text(path)) for path in options.training_configs)
     known = read_card_metadata(checkpoint.folder, config, configs)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     return CardFacts(
         repo_name=options.repo_name,
-        base_model=_hub_id(options.base_model) or _exported_model(options, checkpoint) or known.base_model,
+        base_model=base_on_hub(checkpoint)[0] if options.keep_adapter else _base_model(options, checkpoint, known),
         license=options.license or known.license,
         languages=options.languages or known.languages,
         datasets=options.datasets or known.datasets,
         tags=tuple(["conversational"] if vocabulary.chat_template else []),
-        pipeline_tag=_pipeline_tag(planned.architecture.class_name),
-        architecture=planned.architecture.class_name,
+        pipeline_tag=_pipeline_tag(planned.class_name),
+        architecture=planned.class_name,
         dtype=planned.dtype,
         parameters=sum(tensor.source.numel for tensor in planned.plan.tensors),
         context_length=_context_length(text or {}),
         trust_remote_code=options.trust_remote_code,
+        adapter=adapter_facts(checkpoint, vocabulary) if options.keep_adapter else None,
         prompt=_prompt_facts(vocabulary),
         training=read_training_facts(checkpoint.folder, checkpoint.folder.parent, checkpoint.deepspeed_config, configs),
         training_configs=configs,
@@ -496,6 +556,10 @@ def _given_texts(options: Options, facts: CardFacts) -> dict[str, bytes]:
     given = {"--train_command": options.train_command, "--commit_message": options.commit_message}
     given |= {config.name: config.text for config in facts.training_configs}
     return {name: text.encode() for name, text in given.items() if text}
+
+
+def _base_model(options: Options, checkpoint: Checkpoint, known: CardMetadata) -> str | None:
+    return _hub_id(options.base_model) or _exported_model(options, checkpoint) or known.base_model
 
 
 def _exported_model(options: Options, checkpoint: Checkpoint) -> str | None:
@@ -770,7 +834,8 @@ def rehearse(
             )
             for file in files:
                 check_file(file, copy)
-            loaded = check_loads(copy, prompt_of(prepared.vocabulary), options.trust_remote_code)
+            prompt = prompt_of(prepared.vocabulary)
+            loaded = check_loads(copy, prompt, options.trust_remote_code, options.cache_dir)
         report.checks.append(Check("rehearsal", "passed", f"{len(files)} files read back; {loaded.detail}"))
     report.status = "rehearsed"
 
@@ -828,6 +893,7 @@ def _content_options(options: Options) -> dict[str, Any]:
         "hf_repo_name": options.repo_name,
         "trust_remote_code": options.trust_remote_code,
         "allow_nonfinite": options.allow_nonfinite,
+        "keep_adapter": options.keep_adapter,
     }
 
 

@@ -98,11 +98,22 @@ def plan_export(tensors: Mapping[str, LazyTensor], dtypes: Mapping[str, DType], 
         sizes.append(_EMPTY_HEADER + cost)
         if sizes[-1] > max_shard_size:
             notes.append(f"{name} alone needs {tensor.nbytes} bytes, more than the shard size: it has its own file.")
-    shards = tuple(
-        Shard(_shard_name(number, len(groups)), tuple(sorted(group, key=lambda tensor: -tensor.dtype.itemsize)))
-        for number, group in enumerate(groups, start=1)
-    )
+    shards = tuple(_shard(_shard_name(number, len(groups)), group) for number, group in enumerate(groups, start=1))
     return ExportPlan(shards, tuple(notes))
+
+
+def plan_file(
+    name: str, tensors: Mapping[str, LazyTensor], dtypes: Mapping[str, DType], max_shard_size: int
+) -> ExportPlan:
+    """All ``tensors`` in the one file ``name``, which is never cut; the plan has a note where it is too large."""
+    shard = _shard(name, [PlannedTensor(tensor, dtypes[tensor], source) for tensor, source in tensors.items()])
+    notes = [f"{name} needs {shard.size} bytes, more than the shard size: an adapter is one file."]
+    return ExportPlan((shard,), tuple(notes if shard.size > max_shard_size else []))
+
+
+def _shard(name: str, tensors: Sequence[PlannedTensor]) -> Shard:
+    """``tensors`` in a file, larger elements first, so that each starts at a multiple of its size."""
+    return Shard(name, tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)))
 
 
 def parse_size(text: str) -> int:

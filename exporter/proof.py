@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from exporter.card import QUESTION
+from exporter.checkpoints import Checkpoint
+from exporter.checkpoints.adapter import is_adapter
 from exporter.checkpoints.folder import read_json
 from exporter.code import read_code
 from exporter.config import read_config, read_generation_config
 from exporter.console import Console
 from exporter.errors import UsageError, VerificationError
-from exporter.export import Options, plan_weights, prompt_of
+from exporter.export import Options, PlannedWeights, plan_adapter, plan_weights, prompt_of
 from exporter.hub import HubAccess, prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.report import Report
-from exporter.source import open_model
+from exporter.source import open_kept_adapter, open_model
 from exporter.tokenizer import Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
 
@@ -48,13 +52,13 @@ def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
         report.checks.append(check_files(options.folder))
-    vocabulary = _own_vocabulary(options.folder)
     if options.checkpoint is not None:
         with report.timed("source"):
-            report.checks.append(_check_source(options, options.checkpoint, vocabulary, report, console))
+            report.checks.append(_check_source(options, options.checkpoint, report, console))
     if options.load:
         with report.timed("load"):
-            report.checks.append(check_loads(options.folder, prompt_of(vocabulary), options.trust_remote_code))
+            cache = options.access.cache
+            report.checks.append(check_loads(options.folder, _prompt(options.folder), options.trust_remote_code, cache))
     report.status = "verified"
 
 
@@ -92,20 +96,28 @@ def _own_vocabulary(folder: Path) -> Vocabulary:
     return settle_vocabulary(
         folder,
         prompt_format="none",
-        config=read_config(folder),
+        config={} if is_adapter(folder) else read_config(folder),
         generation_config=read_generation_config(folder),
     )
 
 
-def _check_source(options: ProofOptions, path: Path, vocabulary: Vocabulary, report: Report, console: Console) -> Check:
+def _prompt(folder: Path) -> str:
+    """A prompt for the export; an adapter without a tokenizer takes a plain question."""
+    if is_adapter(folder) and not (folder / "tokenizer.json").exists():
+        return QUESTION
+    return prompt_of(_own_vocabulary(folder))
+
+
+def _check_source(options: ProofOptions, path: Path, report: Report, console: Console) -> Check:
     """Plan the same export again, and compare each of its tensors with the folder's."""
     source = _manifest(options.folder, "source")
     base_model = options.base_model or source.get("base_model")
     tag = options.tag or source.get("tag")
-    checkpoint = open_model(_recorded(path, source), tag, base_model, options.access, console)
-    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
-    code = read_code(options.folder)
-    planned = plan_weights(_export_options(options, path), checkpoint, config, code, vocabulary)
+    open_again, plan_again = (
+        (open_kept_adapter, plan_adapter) if is_adapter(options.folder) else (open_model, partial(_plan_model, options))
+    )
+    checkpoint = open_again(_recorded(path, source), tag, base_model, options.access, console)
+    planned = plan_again(_export_options(options, path), checkpoint)
     report.checkpoint = describe(checkpoint, planned.weights)
     names = {shard.name for shard in planned.plan.shards}
     found = {entry.name for entry in options.folder.glob("*.safetensors")}
@@ -118,6 +130,12 @@ def _check_source(options: ProofOptions, path: Path, vocabulary: Vocabulary, rep
             check_shard(shard, options.folder, progress)
     count = len(planned.plan.tensors)
     return Check("source", "passed", f"{count} tensors equal the checkpoint bit for bit after the cast")
+
+
+def _plan_model(options: ProofOptions, made: Options, checkpoint: Checkpoint) -> PlannedWeights:
+    """The weights of a model, exported with the options ``made`` again, with the vocabulary and code of the folder."""
+    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
+    return plan_weights(made, checkpoint, config, read_code(options.folder), _own_vocabulary(options.folder))
 
 
 def _recorded(path: Path, source: Mapping[str, Any]) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from exporter.checkpoints import Checkpoint, open_checkpoint
-from exporter.checkpoints.adapter import BASE_HINT, base_name, merge_adapter
+from exporter.checkpoints.adapter import BASE_HINT, base_name, keep_adapter, merge_adapter
 from exporter.checkpoints.folder import read_json
 from exporter.checkpoints.pretrained import LAYOUTS, open_pretrained
 from exporter.code import imports, named_modules
@@ -52,13 +52,38 @@ def open_model(path: Path, tag: str | None, base_model: str | None, access: HubA
     opened = open_source(path, tag, access, console)
     if opened.adapter is None:
         return opened
+    return merge_adapter(opened, _open_base(base_model or base_name(opened.adapter), access, console))
+
+
+def open_kept_adapter(
+    path: Path, tag: str | None, base_model: str | None, access: HubAccess, console: Console
+) -> Checkpoint:
+    """The adapter at ``path`` as it is, with its base on the Hub: ``base_model`` or the one that its config names.
+
+    Raises:
+        UsageError: there is no adapter at ``path``.
+        CheckpointError: a tensor of the adapter matches none of the base, or is not what its config says.
+        RefusedError: the base is not named as a model on the Hub, or the adapter changes nothing.
+    """
+    opened = open_source(path, tag, access, console)
+    if opened.adapter is None:
+        raise UsageError(f"{path.name} holds a model and no adapter.", "Leave --keep_adapter out.")
     name = base_model or base_name(opened.adapter)
+    if os.path.exists(name) or ModelId.parse(name) is None:
+        raise RefusedError(
+            f"The adapter's base model, {Path(name).name[:100]!r}, is not named as on the Hub: nobody else could load "
+            "the adapter.",
+            "Name the base model with --base_model NS/NAME, or leave --keep_adapter out to merge the adapter into it.",
+        )
+    return keep_adapter(opened, _open_base(name, access, console))
+
+
+def _open_base(name: str, access: HubAccess, console: Console) -> Checkpoint:
     try:
-        base = open_source(Path(name), None, access, console)
+        return open_source(Path(name), None, access, console)
     except (UsageError, IncompleteCheckpointError) as error:
         known = Path(name).name[:100]
         raise CheckpointError(f"The base model {known!r} is not here: {error.message}", BASE_HINT) from error
-    return merge_adapter(opened, base)
 
 
 def open_source(path: Path, tag: str | None, access: HubAccess, console: Console) -> Checkpoint:

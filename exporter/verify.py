@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.architecture import quiet_library
+from exporter.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
+from exporter.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from exporter.checkpoints.adapter import is_adapter
+from exporter.checkpoints.folder import read_json
+from exporter.checkpoints.pretrained import is_pretrained
 from exporter.errors import CheckpointError, RefusedError, VerificationError
+from exporter.hub import ModelId, find_in_cache
 from exporter.plan import PlannedTensor, Shard
 from exporter.processor import PROCESSOR_FILES
 from exporter.shards import Batch, Portion, Progress, WrittenFile, batches, cast_blocks
@@ -192,14 +199,19 @@ def _bits(block: torch.Tensor) -> torch.Tensor:
     return block.contiguous().view(torch.uint8)
 
 
-def check_loads(folder: Path, prompt: str, trust_remote_code: bool) -> Check:
+def check_loads(folder: Path, prompt: str, trust_remote_code: bool, cache: Path | None = None) -> Check:
     """The folder loads with transformers, offline, with every weight in its place, and generates from ``prompt``.
+
+    An adapter is loaded with PEFT onto its base model from the Hub client's ``cache`` (None: its own); the check is
+    unavailable where either is not there.
 
     Raises:
         VerificationError: it does not load, or a weight is missing, left over or of another shape.
     """
     try:
         with quiet_library(), contextlib.redirect_stdout(sys.stderr):
+            if is_adapter(folder):
+                return _check_adapter_loads(folder, prompt, trust_remote_code, cache)
             return Check("load", "passed", _load_and_run(folder, prompt, trust_remote_code))
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -220,6 +232,50 @@ def _load_and_run(folder: Path, prompt: str, trust_remote_code: bool) -> str:
         raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
     done = _generate(model, tokenizer, prompt) if model.can_generate() else _run(model, tokenizer, prompt)
     return f"loads with every weight in its place, and {done}{_load_processor(folder, local)}"
+
+
+def _check_adapter_loads(folder: Path, prompt: str, trust_remote_code: bool, cache: Path | None) -> Check:
+    adapter = read_json(folder / ADAPTER_CONFIG)
+    base = ModelId(str(adapter.get("base_model_name_or_path")), adapter.get("revision"))
+    cached = find_in_cache(base, cache)
+    if importlib.util.find_spec("peft") is None:
+        return Check("load", "unavailable", "the adapter was not loaded, since peft is not installed here")
+    if cached is None or not is_pretrained(cached):
+        return Check("load", "unavailable", f"the adapter was not loaded, since {base} is not in the cache here")
+    return Check("load", "passed", _load_adapter_and_run(folder, cached, prompt, trust_remote_code))
+
+
+def _load_adapter_and_run(folder: Path, base: Path, prompt: str, trust_remote_code: bool) -> str:
+    """PEFT passes over what it cannot place with a warning; asked to load once more, it returns those names."""
+    import transformers
+    from peft import PeftModel
+
+    local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder if has_tokenizer else base, **local)
+    config = transformers.AutoConfig.from_pretrained(base, **local)
+    model = _model_class(config, trust_remote_code).from_pretrained(base, dtype="auto", **local)
+    model.resize_token_embeddings(_rows(model, folder), mean_resizing=False)
+    adapted = PeftModel.from_pretrained(model, folder)
+    result = adapted.load_adapter(folder, "default")
+    if result.missing_keys or result.unexpected_keys:
+        raise VerificationError(
+            f"PEFT does not place {result.unexpected_keys[:3]} and misses {result.missing_keys[:3]}.", _HINT
+        )
+    done = _generate(adapted, tokenizer, prompt) if model.can_generate() else _run(adapted, tokenizer, prompt)
+    return f"PEFT loads it onto its base with every weight in its place, and {done}"
+
+
+def _rows(model: Any, folder: Path) -> int:
+    """The rows of the embedding that was trained: the adapter's where it was saved whole, else those of its base."""
+    from safetensors import safe_open
+
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+        saved = [key for key in weights.keys() if f".{name}." in key and key.endswith(".weight")]  # noqa: SIM118
+        shapes = [weights.get_slice(key).get_shape() for key in saved]
+    return int(shapes[0][0] if shapes else embedding.weight.shape[0])
 
 
 def _load_processor(folder: Path, local: Mapping[str, Any]) -> str:

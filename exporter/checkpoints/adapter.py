@@ -1,4 +1,4 @@
-"""LoRA adapters: ``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``, merged into their base.
+"""LoRA adapters: ``adapter_config.json`` and ``adapter_model.safetensors`` or ``.bin``, merged or kept.
 
 Settings: ``peft/tuners/lora/config.py`` of PEFT 0.21. One that may change what an adapter means, and is not known
 here, is refused.
@@ -16,12 +16,14 @@ from exporter.checkpoints.folder import is_name, read_json
 from exporter.checkpoints.lora import BiasTensor, LoraTensor, MergedTensor, TokensTensor, is_same
 from exporter.checkpoints.merge import MERGE_ELSEWHERE, Merge
 from exporter.checkpoints.pretrained import is_pretrained, read_weights
+from exporter.checkpoints.targets import require_targets
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.tensors import LazyTensor, SourceFiles
 
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 BASE_HINT = "Name the model that the adapter was trained onto with --base_model, a folder or NS/NAME on the Hub."
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (WEIGHTS, "adapter_model.bin")
 
 _UNDERSTOOD = frozenset(
     [
@@ -100,7 +102,7 @@ def open_adapter(folder: Path, tag: str | None) -> Checkpoint:
         )
     found = [name for name in _WEIGHTS if (folder / name).exists()]
     if not found:
-        raise IncompleteCheckpointError(f"{CONFIG} is there, {_WEIGHTS[0]} is missing.", "Copy it too.")
+        raise IncompleteCheckpointError(f"{CONFIG} is there, {WEIGHTS} is missing.", "Copy it too.")
     return Checkpoint(format="adapter", folder=folder, model=read_weights(folder / found[0]), adapter=config)
 
 
@@ -125,6 +127,31 @@ def merge_adapter(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
         CheckpointError: a tensor of the adapter matches none of the base's.
         RefusedError: the base is no Hugging Face model, or the merge changes nothing, or nothing that is defined.
     """
+    config, merge, tensors = _merged(checkpoint, base)
+    head = _own_head(config, merge, tensors)
+    changes = {**_new_rows(config, merge.base, tensors), **({"tie_word_embeddings": False} if head else {})}
+    return replace(checkpoint, model={**tensors, **head}, base=base, config_changes=changes)
+
+
+def keep_adapter(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """``checkpoint``, an adapter, as it is, with the ``base`` that every tensor of it has a place in.
+
+    Raises:
+        CheckpointError: a tensor of the adapter matches none of the base's, or is not what the adapter's config says.
+        RefusedError: the base is no Hugging Face model, or the adapter changes nothing.
+    """
+    config, merge, tensors = _merged(checkpoint, base)
+    if any(module.endswith(f".{name}") for module, name in merge.modules.items()):
+        raise RefusedError(
+            "The adapter was trained onto the model without its head, and PEFT would not find its places in the whole.",
+            "Leave --keep_adapter out to merge it.",
+        )
+    require_targets(checkpoint.adapter or {}, merge.modules_with_factors)
+    return replace(checkpoint, base=base, config_changes=_new_rows(config, merge.base, tensors))
+
+
+def _merged(checkpoint: Checkpoint, base: Checkpoint) -> tuple[Mapping[str, Any], Merge, Mapping[str, LazyTensor]]:
+    """The base's config.json, the adapter matched with the base, and every tensor of the merged model."""
     if base.format != "pretrained" or not (base.folder / "config.json").exists():
         raise RefusedError(
             f"The base model {base.folder.name} has no config.json with model.safetensors or pytorch_model.bin.",
@@ -136,9 +163,7 @@ def merge_adapter(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     merge = Merge.of(adapter, checkpoint.model or {}, base.model or {})
     tensors = merge.tensors()
     _require_change(merge, tensors)
-    head = _own_head(config, merge, tensors)
-    changes = {**_new_rows(config, merge.base, tensors), **({"tie_word_embeddings": False} if head else {})}
-    return replace(checkpoint, model=tensors | head, base=base, config_changes=changes)
+    return config, merge, tensors
 
 
 # What is merged, and what is not

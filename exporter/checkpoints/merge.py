@@ -88,6 +88,11 @@ class Merge:
         """The names of the weights that the adapter changes or replaces."""
         return {*self.whole, *map(_weight, self.factors)}
 
+    @property
+    def modules_with_factors(self) -> list[str]:
+        """The names in memory of the modules that have a pair of factors, and not only tokens trained alone."""
+        return [self.modules[module] for module, roles in self.factors.items() if roles.keys() != {_TOKENS}]
+
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the merged model.
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from exporter.hub.account import has_token, known_tokens
 from exporter.hub.arrival import Proven, prove_published
-from exporter.hub.checkout import Checkout, HubAccess, ModelId, check_out
+from exporter.hub.checkout import Checkout, HubAccess, ModelId, check_out, find_in_cache
 from exporter.hub.connection import Connection, connect
 from exporter.hub.destination import Destination
 from exporter.hub.download import download
@@ -46,6 +46,7 @@ __all__ = [
     "check_out",
     "connect",
     "download",
+    "find_in_cache",
     "has_token",
     "known_tokens",
     "plan_push",

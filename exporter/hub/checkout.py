@@ -122,6 +122,17 @@ def check_out(model: ModelId, access: HubAccess, first: str = "config.json") -> 
         return Checkout(model.repo_id, folder.name, folder, files, access, client)
 
 
+def find_in_cache(model: ModelId, cache: Path | None = None, first: str = "config.json") -> Path | None:
+    """The folder with what the ``cache`` (None: the client's own) has of ``model``; None where it lacks ``first``.
+
+    Nothing is asked of the Hub: a revision means what it meant when it was last downloaded.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.repo_id, first, cache_dir=cache, revision=model.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _look(client: HubClient, model: ModelId) -> ModelInfo:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -175,14 +186,11 @@ def _gated(client: HubClient, repo_id: str) -> ExportError:
 
 
 def _from_cache(model: ModelId, access: HubAccess, first: str) -> Checkout:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model.repo_id, first, cache_dir=access.cache, revision=model.revision)
-    if not isinstance(found, str):
+    folder = find_in_cache(model, access.cache, first)
+    if folder is None:
         raise HubUnreachableError(
             f"{model} is neither a folder nor in the cache, and HF_HUB_OFFLINE is set.",
             "Unset HF_HUB_OFFLINE, or name the cache that has it with --cache_dir.",
         )
-    folder = Path(found).parent
     files = frozenset(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return Checkout(model.repo_id, folder.name, folder, files, access, None)
