@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exporter.card import QUESTION
 from exporter.checkpoints import Checkpoint
 from exporter.checkpoints.adapter import is_adapter
 from exporter.checkpoints.folder import read_json
@@ -22,7 +21,7 @@ from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.report import Report
 from exporter.source import open_kept_adapter, open_model
-from exporter.tokenizer import Vocabulary, settle_vocabulary
+from exporter.tokenizer import QUESTION, Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
 
 _HINT = "Export again; do not use this folder."
