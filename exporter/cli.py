@@ -220,7 +220,8 @@ def export(ctx: click.Context, /, **values: Any) -> None:
         raise click.UsageError("--report lies inside --output_folder, which holds the export's own files alone.")
     with ending(values["report"], values["as_json"], values["auth_token"]) as report:
         from exporter.console import Console
-        from exporter.export import Options, run_export
+        from exporter.export import run_export
+        from exporter.options import Options
 
         options = _options(Options, ctx, values)
         console = Console(values["quiet"])

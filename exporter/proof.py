@@ -15,14 +15,16 @@ from exporter.code import read_code
 from exporter.config import read_config, read_generation_config
 from exporter.console import Console
 from exporter.errors import UsageError, VerificationError
-from exporter.export import Options, PlannedWeights, plan_adapter, plan_weights, prompt_of
+from exporter.facts import prompt_of
 from exporter.hub import HubAccess, prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
+from exporter.options import Options
 from exporter.report import Report
 from exporter.source import open_kept_adapter, open_model
 from exporter.tokenizer import QUESTION, Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
+from exporter.weights import PlannedWeights, plan_adapter, plan_weights
 
 _HINT = "Export again; do not use this folder."
 

@@ -11,10 +11,10 @@ from exporter.checkpoints.folder import read_json, regular_size
 from exporter.console import Console
 from exporter.credentials import require_no_credentials
 from exporter.errors import UsageError
-from exporter.export import finish_push
 from exporter.hub import Destination, Push, connect, known_tokens
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.proof import check_files
+from exporter.publisher import finish_push
 from exporter.report import Report
 from exporter.shards import WrittenFile
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from exporter.console import Console
-from exporter.export import Options, run_export
+from exporter.export import run_export
+from exporter.options import Options
 from exporter.report import Report
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"

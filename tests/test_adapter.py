@@ -427,7 +427,8 @@ _MEASURE = """
 import sys, threading, time
 from pathlib import Path
 from exporter.console import Console
-from exporter.export import Options, run_export
+from exporter.export import run_export
+from exporter.options import Options
 from exporter.report import Report
 
 def watch():

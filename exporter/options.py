@@ -1,0 +1,91 @@
+"""What the user asked of an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.checkpoints import WeightsChoice
+from exporter.hub import Destination, HubAccess
+from exporter.tensors import DType
+
+TARGETS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "keep": None}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. ``command`` is how the card shows it; ``max_shard_size`` is in bytes."""
+
+    checkpoint: Path
+    tag: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "bf16"
+    weights: WeightsChoice = "auto"
+    max_shard_size: int = 5_000_000_000
+    allow_nonfinite: bool = False
+    prompt_format: str = "auto"
+    special_tokens: tuple[str, ...] = ()
+    license: str | None = None
+    base_model: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    card_template: Path | None = None
+    training_configs: tuple[Path, ...] = ()
+    train_command: str | None = None
+    hf_repo_name: str | None = None
+    auth_token: str | None = None
+    private: bool = True
+    revision: str = "main"
+    create_pr: bool = False
+    release_tag: str | None = None
+    commit_message: str | None = None
+    rehearse: bool = False
+    no_publish: bool = False
+    output_folder: Path | None = None
+    keep_adapter: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+    verify: str = "source"
+    jobs: int = 1
+    cache_dir: Path | None = None
+    command: str = ""
+
+    @property
+    def repo_name(self) -> str | None:
+        """The repository that the card names; a rehearsal without a name gets one."""
+        return self.hf_repo_name or ("rehearsal/model" if self.rehearse else None)
+
+    @property
+    def access(self) -> HubAccess:
+        return HubAccess(token=self.auth_token, cache=self.cache_dir)
+
+    @property
+    def publishes(self) -> bool:
+        return self.hf_repo_name is not None and not self.no_publish and not self.rehearse
+
+    @property
+    def destination(self) -> Destination:
+        return Destination(
+            repo_id=self.repo_name or "",
+            revision=self.revision,
+            private=self.private,
+            create_pr=self.create_pr,
+            release_tag=self.release_tag,
+            commit_message=self.commit_message,
+        )
+
+
+def content_options(options: Options) -> dict[str, Any]:
+    """The options that decide the bytes of the export."""
+    return {
+        "dtype": options.dtype,
+        "weights": options.weights,
+        "max_shard_size": options.max_shard_size,
+        "prompt_format": Path(options.prompt_format).name,
+        "special_tokens": list(options.special_tokens),
+        "hf_repo_name": options.repo_name,
+        "trust_remote_code": options.trust_remote_code,
+        "allow_nonfinite": options.allow_nonfinite,
+        "keep_adapter": options.keep_adapter,
+    }

@@ -1,0 +1,119 @@
+"""Everything that is known before the first byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from exporter.adapter import adapter_vocabulary, base_on_hub
+from exporter.card import render_card
+from exporter.checkpoints import Checkpoint
+from exporter.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
+from exporter.code import read_code
+from exporter.config import (
+    dump_json,
+    edit_adapter_config,
+    edit_config,
+    edit_generation_config,
+    read_config,
+    read_generation_config,
+)
+from exporter.console import Console
+from exporter.credentials import require_no_credentials
+from exporter.description import describe_plan, describe_tensors, describe_vocabulary
+from exporter.errors import UsageError
+from exporter.facts import card_facts, given_texts
+from exporter.hub import HubAccess, known_tokens
+from exporter.inspection import describe
+from exporter.options import Options
+from exporter.plan import INDEX_NAME, ExportPlan
+from exporter.processor import read_processor
+from exporter.report import Report
+from exporter.source import CodeElsewhere, open_kept_adapter, open_model
+from exporter.tokenizer import Vocabulary, settle_vocabulary
+from exporter.weights import PlannedWeights, plan_adapter, plan_weights
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the first byte is written; ``texts`` are all files but the weights.
+
+    The card is the last of ``texts``, made of the facts of the others.
+    ``code_commits`` are the repositories that code was taken from, each with its commit.
+    """
+
+    checkpoint: Checkpoint
+    vocabulary: Vocabulary
+    planned: PlannedWeights
+    texts: Mapping[str, bytes]
+    code_commits: Mapping[str, str]
+
+    @property
+    def plan(self) -> ExportPlan:
+        return self.planned.plan
+
+
+def prepare(options: Options, report: Report, console: Console) -> Prepared:
+    """Open the checkpoint, settle the tokenizer, match the weights with the architecture, plan every file."""
+    access = replace(options.access, bars=not console.quiet)
+    prepared = (prepare_adapter if options.keep_adapter else prepare_model)(options, access, console)
+    checkpoint, vocabulary, planned = prepared.checkpoint, prepared.vocabulary, prepared.planned
+    for note in planned.notes:
+        console.warn(note)
+    report.checkpoint = describe(checkpoint, planned.weights)
+    report.vocabulary = describe_vocabulary(vocabulary, planned.rows)
+    report.tensors = describe_tensors(planned)
+    facts = card_facts(options, checkpoint, vocabulary, planned)
+    card = render_card(facts, options.card_template).encode()
+    prepared = replace(prepared, texts={**prepared.texts, "README.md": card})
+    require_no_credentials({**given_texts(options, facts), **prepared.texts}, known_tokens(options.auth_token))
+    report.output = describe_plan(planned, prepared.texts)
+    return prepared
+
+
+def prepare_model(options: Options, access: HubAccess, console: Console) -> Prepared:
+    """The repository of a model, without its card."""
+    checkpoint = open_model(options.checkpoint, options.tag, options.base_model, access, console)
+    for note in checkpoint.notes:
+        console.note(note)
+    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
+    generation_config = read_generation_config(checkpoint.config_folder)
+    vocabulary = settle_vocabulary(
+        checkpoint.tokenizer_folder,
+        prompt_format=options.prompt_format,
+        special_tokens=options.special_tokens,
+        config=config,
+        generation_config=generation_config,
+    )
+    elsewhere = CodeElsewhere(access, console)
+    code = read_code(checkpoint.config_folder, elsewhere if options.trust_remote_code else None)
+    planned = plan_weights(options, checkpoint, config, code, vocabulary)
+    edited = edit_config(planned.config, vocabulary=vocabulary, rows=planned.rows, dtype=planned.dtype)
+    texts: dict[str, bytes] = {"config.json": dump_json(edited), **vocabulary.files, **code}
+    texts |= read_processor(checkpoint.config_folder)
+    generation = edit_generation_config(generation_config, config, vocabulary)
+    if generation is not None:
+        texts["generation_config.json"] = dump_json(generation)
+    if planned.plan.index is not None:
+        texts[INDEX_NAME] = planned.plan.index
+    return Prepared(checkpoint, vocabulary, planned, texts, elsewhere.commits)
+
+
+def prepare_adapter(options: Options, access: HubAccess, console: Console) -> Prepared:
+    """The repository of an adapter, without its card.
+
+    Raises:
+        UsageError: it would be published in the place of its own base.
+        RefusedError: a tokenizer is asked for that the adapter or the base's embedding does not have.
+    """
+    checkpoint = open_kept_adapter(options.checkpoint, options.tag, options.base_model, access, console)
+    for note in checkpoint.notes:
+        console.note(note)
+    base, commit = base_on_hub(checkpoint)
+    if options.repo_name == base:
+        raise UsageError(f"{base} is the adapter's base model.", "Name another repository.")
+    planned = plan_adapter(options, checkpoint)
+    vocabulary = adapter_vocabulary(checkpoint, planned.config, options.prompt_format, options.special_tokens)
+    edited = edit_adapter_config(checkpoint.adapter or {}, base, commit)
+    texts = {ADAPTER_CONFIG: dump_json(edited), **vocabulary.files}
+    return Prepared(checkpoint, vocabulary, planned, texts, {})
