@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from exporter.code import localize
 from exporter.errors import CheckpointError, ExportError, OutputError, RefusedError
 
 _MOST_LAYERS = 1_000_000
@@ -93,7 +94,7 @@ def _native_model(config: Mapping[str, Any]) -> Any:
 def _imported_model(config: Mapping[str, Any], code: Mapping[str, bytes]) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    auto_map = {key: _localized(entry) for key, entry in _auto_map(config).items()}
+    auto_map = {key: localize(entry) for key, entry in _auto_map(config).items()}
     with _folder({**config, "auto_map": auto_map}, code) as folder:
         parsed = _parsed_config(folder, trust_remote_code=True)
         model_class = get_class_from_dynamic_module(str(own_class(config)), folder, local_files_only=True)
@@ -176,14 +177,9 @@ def _auto_map(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return auto_map if isinstance(auto_map, dict) else {}
 
 
-def _localized(entry: Any) -> Any:
-    """``other/repo--module.Class`` as ``module.Class``: nothing is fetched."""
-    return entry.rpartition("--")[2] if isinstance(entry, str) else entry
-
-
 def own_class(config: Mapping[str, Any]) -> str | None:
     """``module.Class`` of the checkpoint's own model class: the one that ``architectures`` names, or its causal one."""
-    own = {key: _localized(entry) for key, entry in _auto_map(config).items() if isinstance(entry, str)}
+    own = {key: localize(entry) for key, entry in _auto_map(config).items() if isinstance(entry, str)}
     name = _architecture_name(config)
     named = (entry for entry in own.values() if entry.rpartition(".")[2] == name)
     return next(named, None) or own.get("AutoModelForCausalLM")

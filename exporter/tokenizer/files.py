@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoints.folder import read_json, regular_size
+from exporter.code import localize
 from exporter.errors import CheckpointError
 from exporter.local_paths import is_local_path
 
@@ -138,7 +139,7 @@ def make_portable(files: TokenizerFiles) -> None:
     if files.get(CONFIG, "tokenizer_class") == "TokenizersBackend":
         files.set(CONFIG, "tokenizer_class", "PreTrainedTokenizerFast")
     if files.get(CONFIG, "auto_map"):
-        files.set(CONFIG, "auto_map", _localize(files.get(CONFIG, "auto_map")))
+        files.set(CONFIG, "auto_map", localize(files.get(CONFIG, "auto_map")))
     for name in (CONFIG, SPECIAL_TOKENS):
         _rename_extra_tokens(files, name)
 
@@ -153,15 +154,6 @@ def _rename_extra_tokens(files: TokenizerFiles, name: str) -> None:
     else:
         files.drop(name, "additional_special_tokens")
         files.rename(name, "extra_special_tokens", "additional_special_tokens")
-
-
-def _localize(entry: Any) -> Any:
-    """``other/repo--module.Class`` as ``module.Class``, wherever it stands in an auto_map."""
-    if isinstance(entry, dict):
-        return {key: _localize(value) for key, value in entry.items()}
-    if isinstance(entry, list):
-        return [_localize(value) for value in entry]
-    return entry.rpartition("--")[2] if isinstance(entry, str) else entry
 
 
 def _processor_template(folder: Path) -> str | None:
