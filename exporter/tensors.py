@@ -16,6 +16,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -239,10 +240,35 @@ class StridedTensor(LazyTensor):
     def blocks(self, files: SourceFiles) -> Iterator[torch.Tensor]:
         import torch
 
-        storage = torch.cat([block.clone() for block in files.blocks(self.storage)])
-        yield from (
-            torch.as_strided(storage, self.shape, self.stride).flatten().split(BLOCK_BYTES // self.dtype.itemsize)
-        )
+        if not self.numel:
+            return
+        for _ in files.blocks(self.storage):
+            pass  # in the order of the file, for its checksum
+        with _mapped(self.storage) as storage:
+            view = torch.as_strided(storage, self.shape or (1,), self.stride or (1,))
+            rows = max(BLOCK_BYTES // (view[:1].numel() * self.dtype.itemsize), 1)
+            for part in view.split(rows):
+                yield from part.flatten().split(BLOCK_BYTES // self.dtype.itemsize)
+
+
+@contextmanager
+def _mapped(extent: Extent) -> Iterator[torch.Tensor]:
+    """The elements of ``extent``, one-dimensional, mapped from the file: they are read where they are asked for.
+
+    Raises:
+        CheckpointError: the file cannot be mapped.
+    """
+    import numpy
+    import torch
+
+    try:
+        mapped = numpy.memmap(extent.path, numpy.uint8, "c", extent.offset, (extent.nbytes,))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{extent.path.name} cannot be mapped into memory: {error}.",
+            "Copy it to a local disk, or save it again with contiguous tensors.",
+        ) from error
+    yield torch.from_numpy(mapped).view(extent.dtype.torch)
 
 
 @dataclass(frozen=True)
