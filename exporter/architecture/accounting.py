@@ -11,9 +11,6 @@ from exporter.architecture.origin import Origin
 from exporter.errors import CheckpointError, RefusedError
 from exporter.tensors import Extent, LazyTensor, StoredTensor, Vector
 
-_PREFIXES = ("module.", "base_model.model.", "model.")
-"""What wrappers (DDP, PEFT, Lightning) put before all names of a model."""
-
 _WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 """What torch.compile, Lightning, FSDP and activation checkpointing put before the names of any module."""
 
@@ -66,9 +63,9 @@ def _renamings(architecture: Architecture, tensors: Mapping[str, LazyTensor]) ->
     if any(_WRAPPERS.search(name) for name in tensors):
         for bare in _renamed(tensors, lambda name: _WRAPPERS.sub("", name)):
             yield from _renamings(architecture, bare)
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            yield from _renamings(architecture, {name[len(prefix) :]: tensor for name, tensor in tensors.items()})
+    if len({name.partition(".")[0] for name in tensors}) == 1 and all("." in name for name in tensors):
+        # An attribute that all names begin with is a wrapper's: DDP's module, PEFT's base_model, Lightning's any name.
+        yield from _renamings(architecture, {name.partition(".")[2]: tensor for name, tensor in tensors.items()})
     if architecture.base_prefix:
         yield {f"{architecture.base_prefix}.{name}": tensor for name, tensor in tensors.items()}
     yield from _renamed(tensors, architecture.renamed)

@@ -17,6 +17,7 @@ from exporter.checkpoints.distributed import is_distributed, open_distributed
 from exporter.checkpoints.experts import is_expert_parallel, open_expert_parallel
 from exporter.checkpoints.folder import require_inside
 from exporter.checkpoints.pipeline import is_pipeline, open_pipeline
+from exporter.checkpoints.lightning import is_lightning, open_lightning
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
 from exporter.checkpoints.tensor_parallel import is_tensor_parallel, open_tensor_parallel
 from exporter.checkpoints.universal import is_universal, open_universal, universal_tags
@@ -34,6 +35,7 @@ _FORMATS: tuple[tuple[Callable[[Path], bool], Callable[[Path, str | None], Check
     (is_universal, open_universal),
     (is_distributed, open_distributed),
     (is_pretrained, open_pretrained),
+    (is_lightning, open_lightning),
 )
 
 
