@@ -158,6 +158,18 @@ card_options = options(
 )
 """Facts for the model card."""
 
+open_assistant_options = options(
+    option("--rl_checkpoint", type=_FILE, metavar="FILE", help="Take the weights from what an RL training wrote."),
+    option("--reward_model", is_flag=True, help="CHECKPOINT is a reward model."),
+    option(
+        "--rope_scaling_type",
+        type=click.Choice(["linear", "dynamic"]),
+        help="How the rotary embedding is scaled.  [default: linear]",
+    ),
+    option("--rope_scaling_factor", type=float, metavar="F", help="Scale the rotary embedding, for longer contexts."),
+)
+"""As in Open-Assistant's export script."""
+
 release_options = options(
     option("--hf_repo_name", metavar="NS/NAME", help="Publish there."),
     option("--auth_token", metavar="TOKEN", help="Hub token. Safer: HF_TOKEN, or the saved login."),
@@ -202,6 +214,7 @@ result_options = options(
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @checkpoint_options
 @weight_options
+@open_assistant_options
 @card_options
 @release_options
 @rehearsal_options
@@ -258,6 +271,7 @@ def inspect(
 @option("--checkpoint", type=click.Path(path_type=Path), metavar="CHECKPOINT", help="Compare every tensor with it.")
 @option("--load", is_flag=True, help="Load it offline with transformers, and generate.")
 @option("--base_model", metavar="NS/NAME", help="The base model of an adapter, or its folder.")
+@option("--rl_checkpoint", type=_FILE, metavar="FILE", help="The file that the weights were taken from.")
 @checkpoint_options
 @result_options
 def verify(
@@ -265,6 +279,7 @@ def verify(
     checkpoint: Path | None,
     load: bool,
     base_model: str | None,
+    rl_checkpoint: Path | None,
     tag: str | None,
     trust_remote_code: bool,
     cache_dir: Path | None,
@@ -287,7 +302,7 @@ def verify(
         if published:
             prove_on_hub(published["repo_id"], published["revision"] or "main", findings)
         else:
-            options = ProofOptions(folder, checkpoint, tag, load, trust_remote_code, base_model)
+            options = ProofOptions(folder, checkpoint, tag, load, trust_remote_code, base_model, rl_checkpoint)
             run_verify(replace(options, access=HubAccess(cache=cache_dir, bars=not quiet)), findings, Console(quiet))
     _print_result(findings, as_json, _verify_lines)
 

@@ -24,6 +24,11 @@ from exporter.tokenizer import Vocabulary
 _NEOX_ROTARY_PCT = 0.25
 """GPTNeoXConfig's default share of rotated dimensions, in transformers 4 and 5."""
 
+_SCALING = frozenset({"type", "rope_type", "factor"})
+_SIMPLE_ROPE_KEYS = _SCALING | {"rope_theta", "partial_rotary_factor"}
+_SIMPLE_ROPE_KINDS = ("default", "linear", "dynamic")
+"""The kinds of rotary embedding that have these keys alone."""
+
 _TRAINERS_PATHS = ("_name_or_path", "output_dir", "logging_dir")
 
 _GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -101,6 +106,31 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
     return edited
 
 
+def with_rope_scaling(config: Mapping[str, Any], kind: str, factor: float) -> dict[str, Any]:
+    """The config with a rotary embedding that is scaled by ``factor``; ``kind`` is linear or dynamic.
+
+    ``rope_scaling`` is what Open-Assistant's export script sets (``model/model_training/tools/export_model.py``):
+    transformers 4 and 5 read it. ``rope_parameters``, where transformers 5 wrote it, says the same.
+
+    Raises:
+        RefusedError: the rotary embedding is scaled in another way already, or differs from layer to layer.
+    """
+    edited = copy.deepcopy(dict(config))
+    part = _text_part(edited)
+    old = {**_nested(part, "rope_parameters"), **_nested(part, "rope_scaling")}
+    present = old.get("rope_type", old.get("type", "default"))
+    if old.keys() - _SIMPLE_ROPE_KEYS or present not in _SIMPLE_ROPE_KINDS:
+        raise RefusedError(
+            f"config.json describes a rotary embedding of its own ({present}), which {kind} scaling would not keep.",
+            "Leave --rope_scaling_factor out, or remove that scaling from config.json.",
+        )
+    part["rope_scaling"] = {"type": kind, "factor": factor}
+    if isinstance(part.get("rope_parameters"), dict):
+        kept = {key: value for key, value in old.items() if key not in _SCALING}
+        part["rope_parameters"] = {**kept, "rope_type": kind, "factor": factor}
+    return edited
+
+
 def edit_generation_config(
     generation_config: Mapping[str, Any] | None, config: Mapping[str, Any], vocabulary: Vocabulary
 ) -> dict[str, Any] | None:
@@ -171,7 +201,7 @@ def _copy_rope(part: dict[str, Any]) -> None:
         part["rotary_pct"] = rope.get("partial_rotary_factor", _NEOX_ROTARY_PCT)
     if "rope_theta" in (sliding := _nested(parameters, "sliding_attention")):
         part["rope_local_base_freq"] = sliding["rope_theta"]
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type", "default") != "default" and not part.get("rope_scaling"):
         elsewhere = ("rope_theta", "partial_rotary_factor")
         part["rope_scaling"] = {key: value for key, value in rope.items() if key not in elsewhere}
 

@@ -60,13 +60,13 @@ def describe_vocabulary(vocabulary: Vocabulary, rows: int | None) -> dict[str, A
     }
 
 
-def describe_tensors(planned: PlannedWeights) -> dict[str, Any]:
+def describe_tensors(planned: PlannedWeights, checkpoint: Checkpoint) -> dict[str, Any]:
     plan, matched = planned.plan, planned.account
     return {
         "written": len(plan.tensors),
         "cast": sum(tensor.dtype is not tensor.source.dtype for tensor in plan.tensors),
         "kept": {tensor.name: tensor.dtype.name for tensor in plan.tensors if tensor.dtype is not planned.dtype},
-        "dropped": dict(matched.dropped),
+        "dropped": {**checkpoint.dropped, **matched.dropped},
         "tied": dict(matched.tied),
     }
 

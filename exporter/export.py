@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +37,13 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     destination = options.destination if options.repo_name else None
     if options.no_publish and options.output_folder is None and not options.dry_run:
         raise UsageError("--no_publish leaves nothing behind without a folder.", "Add --output_folder.")
+    _require_compatible(options)
     is_folder = find_model(options.checkpoint) is None
     if options.output_folder is not None:
         source = options.checkpoint if is_folder else options.access.cache_folder
         check_output_folder(options.output_folder, source, options.overwrite)
+        if options.rl_checkpoint is not None:
+            check_output_folder(options.output_folder, options.rl_checkpoint, options.overwrite)
     with report.timed("prepare"), _uncollected():
         prepared = prepare(options, report, console)
     if options.output_folder is not None and prepared.checkpoint.base is not None:
@@ -72,6 +76,20 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         if options.output_folder is not None:
             place_export(staging, options.output_folder, options.overwrite)
             report.output["folder"] = str(options.output_folder)
+
+
+def _require_compatible(options: Options) -> None:
+    if options.rl_checkpoint is not None and options.reward_model:
+        raise UsageError(
+            "--rl_checkpoint is for a language model, --reward_model for one that scores texts.", "Give one of them."
+        )
+    if options.keep_adapter and (options.rl_checkpoint or options.reward_model or options.rope_scaling_factor):
+        raise UsageError("--keep_adapter exports an adapter as it is.", "Leave the other option out.")
+    factor = options.rope_scaling_factor
+    if factor is None and options.rope_scaling_type is not None:
+        raise UsageError("--rope_scaling_type does nothing without a factor.", "Add --rope_scaling_factor.")
+    if factor is not None and not 1.0 <= factor < math.inf:
+        raise UsageError(f"--rope_scaling_factor is {factor}, expected a number of at least 1.", "Give it as 2.0.")
 
 
 @contextmanager

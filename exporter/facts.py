@@ -22,21 +22,22 @@ def card_facts(options: Options, checkpoint: Checkpoint, vocabulary: Vocabulary,
     configs = tuple(TrainingConfig(path.name, _read_text(path)) for path in options.training_configs)
     known = read_card_metadata(checkpoint.folder, config, configs)
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    task = "text-classification" if options.reward_model else _pipeline_tag(planned.class_name)
     return CardFacts(
         repo_name=options.repo_name,
         base_model=base_on_hub(checkpoint)[0] if options.keep_adapter else _base_model(options, checkpoint, known),
         license=options.license or known.license,
         languages=options.languages or known.languages,
         datasets=options.datasets or known.datasets,
-        tags=tuple(["conversational"] if vocabulary.chat_template else []),
-        pipeline_tag=_pipeline_tag(planned.class_name),
+        tags=("conversational",) if vocabulary.chat_template and not options.reward_model else (),
+        pipeline_tag=task,
         architecture=planned.class_name,
         dtype=planned.dtype,
         parameters=sum(tensor.source.numel for tensor in planned.plan.tensors),
         context_length=_context_length(text or {}),
         trust_remote_code=options.trust_remote_code,
         adapter=adapter_facts(checkpoint, vocabulary) if options.keep_adapter else None,
-        prompt=_prompt_facts(vocabulary),
+        prompt=None if options.reward_model else _prompt_facts(vocabulary),
         training=read_training_facts(checkpoint.folder, checkpoint.folder.parent, checkpoint.deepspeed_config, configs),
         training_configs=configs,
         train_command=options.train_command,

@@ -43,7 +43,8 @@ class Inputs:
     def of(cls, tensors: Iterable[LazyTensor], checkpoint: Checkpoint) -> Inputs:
         """The files of ``tensors``, which are the checkpoint's, as they are now, sorted by name.
 
-        Their names are those in its folder; ``base/`` stands before those of an adapter's base model.
+        Their names are those in its folder; ``base/`` stands before those of an adapter's base model. A file of
+        weights that lies elsewhere goes by its own name.
         """
         paths = frozenset().union(*(tensor.paths for tensor in tensors))
         found = {path: _look(path, _name(path, checkpoint)) for path in paths}
@@ -71,7 +72,8 @@ class Inputs:
 def _name(path: Path, checkpoint: Checkpoint) -> str:
     if checkpoint.base is not None and path.is_relative_to(checkpoint.base.folder):
         return f"base/{path.relative_to(checkpoint.base.folder).as_posix()}"
-    return path.relative_to(checkpoint.folder).as_posix()
+    inside = path.is_relative_to(checkpoint.folder)
+    return path.relative_to(checkpoint.folder).as_posix() if inside else path.name
 
 
 def _look(path: Path, name: str) -> InputFile:

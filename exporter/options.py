@@ -26,6 +26,10 @@ class Options:
     allow_nonfinite: bool = False
     prompt_format: str = "auto"
     special_tokens: tuple[str, ...] = ()
+    rl_checkpoint: Path | None = None
+    reward_model: bool = False
+    rope_scaling_type: str | None = None
+    rope_scaling_factor: float | None = None
     license: str | None = None
     base_model: str | None = None
     languages: tuple[str, ...] = ()
@@ -61,6 +65,11 @@ class Options:
         return HubAccess(token=self.auth_token, cache=self.cache_dir)
 
     @property
+    def rope_kind(self) -> str:
+        """As in Open-Assistant's export script, linear where nothing else is said."""
+        return self.rope_scaling_type or "linear"
+
+    @property
     def publishes(self) -> bool:
         return self.hf_repo_name is not None and not self.no_publish and not self.rehearse
 
@@ -84,6 +93,10 @@ def content_options(options: Options) -> dict[str, Any]:
         "max_shard_size": options.max_shard_size,
         "prompt_format": Path(options.prompt_format).name,
         "special_tokens": list(options.special_tokens),
+        "rl_checkpoint": options.rl_checkpoint.name if options.rl_checkpoint else None,
+        "reward_model": options.reward_model,
+        "rope_scaling_type": options.rope_kind if options.rope_scaling_factor is not None else None,
+        "rope_scaling_factor": options.rope_scaling_factor,
         "hf_repo_name": options.repo_name,
         "trust_remote_code": options.trust_remote_code,
         "allow_nonfinite": options.allow_nonfinite,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from exporter.adapter import adapter_vocabulary, base_on_hub
 from exporter.card import render_card
 from exporter.checkpoints import Checkpoint
 from exporter.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
+from exporter.checkpoints.rl_checkpoint import with_rl_weights
 from exporter.code import read_code
 from exporter.config import (
     dump_json,
@@ -17,6 +19,7 @@ from exporter.config import (
     edit_generation_config,
     read_config,
     read_generation_config,
+    with_rope_scaling,
 )
 from exporter.console import Console
 from exporter.credentials import require_no_credentials
@@ -29,6 +32,7 @@ from exporter.options import Options
 from exporter.plan import INDEX_NAME, ExportPlan
 from exporter.processor import read_processor
 from exporter.report import Report
+from exporter.reward_model import as_reward_model
 from exporter.source import CodeElsewhere, open_kept_adapter, open_model
 from exporter.tokenizer import Vocabulary, settle_vocabulary
 from exporter.weights import PlannedWeights, plan_adapter, plan_weights
@@ -62,7 +66,7 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
         console.warn(note)
     report.checkpoint = describe(checkpoint, planned.weights)
     report.vocabulary = describe_vocabulary(vocabulary, planned.rows)
-    report.tensors = describe_tensors(planned)
+    report.tensors = describe_tensors(planned, checkpoint)
     facts = card_facts(options, checkpoint, vocabulary, planned)
     card = render_card(facts, options.card_template).encode()
     prepared = replace(prepared, texts={**prepared.texts, "README.md": card})
@@ -73,14 +77,13 @@ def prepare(options: Options, report: Report, console: Console) -> Prepared:
 
 def prepare_model(options: Options, access: HubAccess, console: Console) -> Prepared:
     """The repository of a model, without its card."""
-    checkpoint = open_model(options.checkpoint, options.tag, options.base_model, access, console)
+    checkpoint, config = open_with_config(options, access, console)
     for note in checkpoint.notes:
         console.note(note)
-    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
     generation_config = read_generation_config(checkpoint.config_folder)
     vocabulary = settle_vocabulary(
         checkpoint.tokenizer_folder,
-        prompt_format=options.prompt_format,
+        prompt_format=_prompt_format(options),
         special_tokens=options.special_tokens,
         config=config,
         generation_config=generation_config,
@@ -97,6 +100,24 @@ def prepare_model(options: Options, access: HubAccess, console: Console) -> Prep
     if planned.plan.index is not None:
         texts[INDEX_NAME] = planned.plan.index
     return Prepared(checkpoint, vocabulary, planned, texts, elsewhere.commits)
+
+
+def open_with_config(options: Options, access: HubAccess, console: Console) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint with the weights that the options mean, and config.json for them."""
+    checkpoint = open_model(options.checkpoint, options.tag, options.base_model, access, console)
+    if options.rl_checkpoint is not None:
+        checkpoint = with_rl_weights(checkpoint, options.rl_checkpoint)
+    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
+    if options.reward_model:
+        config = as_reward_model(config)
+    if options.rope_scaling_factor is not None:
+        config = with_rope_scaling(config, options.rope_kind, options.rope_scaling_factor)
+    return checkpoint, config
+
+
+def _prompt_format(options: Options) -> str:
+    """A reward model keeps its tokenizer unless told otherwise: it learnt to score what that makes of a dialogue."""
+    return "none" if options.reward_model and options.prompt_format == "auto" else options.prompt_format
 
 
 def prepare_adapter(options: Options, access: HubAccess, console: Console) -> Prepared:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints import Checkpoint
 from exporter.checkpoints.adapter import is_adapter
 from exporter.checkpoints.folder import read_json
 from exporter.code import read_code
@@ -20,11 +18,12 @@ from exporter.hub import HubAccess, prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.options import Options
+from exporter.preparation import open_with_config
 from exporter.report import Report
-from exporter.source import open_kept_adapter, open_model
+from exporter.source import open_kept_adapter
 from exporter.tokenizer import QUESTION, Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
-from exporter.weights import PlannedWeights, plan_adapter, plan_weights
+from exporter.weights import plan_adapter, plan_weights
 
 _HINT = "Export again; do not use this folder."
 
@@ -39,6 +38,7 @@ class ProofOptions:
     load: bool = False
     trust_remote_code: bool = False
     base_model: str | None = None
+    rl_checkpoint: Path | None = None
     access: HubAccess = field(default_factory=HubAccess)
 
 
@@ -111,14 +111,14 @@ def _prompt(folder: Path) -> str:
 
 def _check_source(options: ProofOptions, path: Path, report: Report, console: Console) -> Check:
     """Plan the same export again, and compare each of its tensors with the folder's."""
-    source = _manifest(options.folder, "source")
-    base_model = options.base_model or source.get("base_model")
-    tag = options.tag or source.get("tag")
-    open_again, plan_again = (
-        (open_kept_adapter, plan_adapter) if is_adapter(options.folder) else (open_model, partial(_plan_model, options))
-    )
-    checkpoint = open_again(_recorded(path, source), tag, base_model, options.access, console)
-    planned = plan_again(_export_options(options, path), checkpoint)
+    made = _export_options(options, path)
+    if is_adapter(options.folder):
+        checkpoint = open_kept_adapter(made.checkpoint, made.tag, made.base_model, options.access, console)
+        planned = plan_adapter(made, checkpoint)
+    else:
+        checkpoint, config = open_with_config(made, options.access, console)
+        code, vocabulary = read_code(options.folder), _own_vocabulary(options.folder)
+        planned = plan_weights(made, checkpoint, config, code, vocabulary)
     report.checkpoint = describe(checkpoint, planned.weights)
     names = {shard.name for shard in planned.plan.shards}
     found = {entry.name for entry in options.folder.glob("*.safetensors")}
@@ -133,12 +133,6 @@ def _check_source(options: ProofOptions, path: Path, report: Report, console: Co
     return Check("source", "passed", f"{count} tensors equal the checkpoint bit for bit after the cast")
 
 
-def _plan_model(options: ProofOptions, made: Options, checkpoint: Checkpoint) -> PlannedWeights:
-    """The weights of a model, exported with the options ``made`` again, with the vocabulary and code of the folder."""
-    config = read_config(checkpoint.config_folder, checkpoint.config_changes)
-    return plan_weights(made, checkpoint, config, read_code(options.folder), _own_vocabulary(options.folder))
-
-
 def _recorded(path: Path, source: Mapping[str, Any]) -> Path:
     """``path``; of a model on the Hub the commit that was exported, where no revision is given."""
     is_same = str(path) == source.get("repo_id") and not path.exists()
@@ -150,14 +144,25 @@ def _export_options(options: ProofOptions, path: Path) -> Options:
     made = _manifest(options.folder, "options")
     source = _manifest(options.folder, "source")
     try:
-        return replace(
-            Options(path, trust_remote_code=options.trust_remote_code),
+        same = Options(
+            _recorded(path, source),
+            tag=options.tag or source.get("tag"),
+            trust_remote_code=options.trust_remote_code,
+            base_model=options.base_model or source.get("base_model"),
+            rl_checkpoint=options.rl_checkpoint,
+            reward_model=bool(made.get("reward_model")),
             dtype=str(made["dtype"]),
             weights=source["weights"],
             max_shard_size=int(made["max_shard_size"]),
         )
     except (KeyError, ValueError) as error:
         raise VerificationError(f"{MANIFEST_NAME} does not say how the export was made.", "Export again.") from error
+    if bool(made.get("rl_checkpoint")) != bool(options.rl_checkpoint):
+        how = (
+            f"with --rl_checkpoint {made['rl_checkpoint']}" if made.get("rl_checkpoint") else "without --rl_checkpoint"
+        )
+        raise UsageError(f"{MANIFEST_NAME} says that the export was made {how}.", "Verify it in the same way.")
+    return same
 
 
 def _manifest(folder: Path, key: str) -> dict[str, Any]:

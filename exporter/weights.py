@@ -73,6 +73,7 @@ def plan_weights(
     architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
     if checkpoint.format == "pipeline":
         checkpoint = checkpoint.renamed(name_layers(architecture, checkpoint.model or {}))
+    _require_rope(options, architecture)
     target = TARGETS[options.dtype]
     chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
     match = partial(
@@ -107,6 +108,14 @@ def plan_weights(
         copies=copies,
         notes=(*notes, *plan.notes),
     )
+
+
+def _require_rope(options: Options, architecture: Architecture) -> None:
+    if options.rope_scaling_factor is not None and options.rope_kind not in architecture.rope_types:
+        raise RefusedError(
+            f"{architecture.class_name} has no rotary embedding that can be scaled by config.json.",
+            "Leave --rope_scaling_type and --rope_scaling_factor out.",
+        )
 
 
 def _require_plausible_size(checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:

@@ -24,7 +24,8 @@ class Architecture:
     alias to the name that is stored, both as in memory. ``input_embedding`` is the matrix with a row for each id.
     ``kept_fp32`` has, by the dtype that a model is loaded in, the names in memory that are fp32 all the same.
     ``optional`` and ``ignored`` are patterns of names in memory that may be missing or left over. ``renamed`` makes
-    names in older files, or in files of the base model, those in memory. ``notes`` are for the user.
+    names in older files, or in files of the base model, those in memory. ``rope_types`` are the kinds of rotary
+    embedding that the model computes, as transformers names them. ``notes`` are for the user.
     """
 
     class_name: str
@@ -38,6 +39,7 @@ class Architecture:
     ignored: tuple[str, ...] = ()
     base_prefix: str = ""
     renamed: Callable[[str], str] = str
+    rope_types: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
     def keeps_fp32(self, name: str, dtype: DType) -> bool:
@@ -84,6 +86,7 @@ def _describe(model: Any) -> Architecture:
         ignored=tuple(model._keys_to_ignore_on_load_unexpected or ()),
         base_prefix=str(model.base_model_prefix or ""),
         renamed=_forward_renaming(model, state),
+        rope_types=_rope_types(model),
     )
 
 
@@ -127,6 +130,14 @@ def _kept_fp32(model: Any, state: Mapping[str, torch.Tensor], dtype: DType) -> f
         if tensor.dtype is torch.float32
         or (tensor.is_floating_point() and any(pattern.search(name) for pattern in plan))
     )
+
+
+def _rope_types(model: Any) -> frozenset[str]:
+    """The kinds that the library's rotary embeddings say of themselves; Falcon builds one also where it uses ALiBi."""
+    if getattr(model.config, "alibi", False):
+        return frozenset()
+    kinds = (getattr(module, "rope_type", None) for module in model.modules())
+    return frozenset(kind for kind in kinds if isinstance(kind, str))
 
 
 def _forward_renaming(model: Any, state: Mapping[str, torch.Tensor]) -> Callable[[str], str]:

@@ -16,8 +16,8 @@ from exporter.checkpoints.checkpoint import Checkpoint, WeightsChoice
 from exporter.checkpoints.distributed import is_distributed, open_distributed
 from exporter.checkpoints.experts import is_expert_parallel, open_expert_parallel
 from exporter.checkpoints.folder import require_inside
-from exporter.checkpoints.pipeline import is_pipeline, open_pipeline
 from exporter.checkpoints.lightning import is_lightning, open_lightning
+from exporter.checkpoints.pipeline import is_pipeline, open_pipeline
 from exporter.checkpoints.pretrained import is_pretrained, open_pretrained
 from exporter.checkpoints.tensor_parallel import is_tensor_parallel, open_tensor_parallel
 from exporter.checkpoints.universal import is_universal, open_universal, universal_tags

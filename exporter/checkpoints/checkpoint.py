@@ -25,7 +25,8 @@ class Checkpoint:
     ``revision`` (a commit) are those of the repository on the Hub that it was downloaded from.
 
     ``adapter`` is the adapter_config.json of an adapter, whose weights are no model before they are merged into their
-    ``base``; ``config_changes`` are what the training changed in the base's config.json.
+    ``base``; ``config_changes`` are what the training changed in the base's config.json. ``dropped`` are names of
+    tensors that are no part of the model, each with the reason.
     """
 
     format: str
@@ -46,6 +47,7 @@ class Checkpoint:
     adapter: Mapping[str, Any] | None = None
     base: Checkpoint | None = None
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config_folder(self) -> Path:
