@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -134,8 +135,7 @@ def test_a_tokenizer_is_exported_where_the_adapter_has_one(tmp_path: Path, keep:
     assert transformers.AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|assistant|>") < 300
 
 
-@pytest.mark.parametrize("rows", [None, 300])
-@pytest.mark.parametrize("has_tokenizer", [False, True])
+@pytest.mark.parametrize(("rows", "has_tokenizer"), [(None, False), (300, True)])
 def test_the_sample_code_runs_as_printed(
     rows: int | None, has_tokenizer: bool, tmp_path: Path, keep: Export, hub: RehearsalHub
 ) -> None:
@@ -175,8 +175,6 @@ def test_the_load_check_finds_what_peft_passes_over(tmp_path: Path, keep: Export
 
 def update_manifest(folder: Path, name: str) -> None:
     """What the manifest says of a file, as if it had been exported so."""
-    import hashlib
-
     content = (folder / name).read_bytes()
     manifest = json.loads((folder / "export.json").read_text())
     for file in manifest["files"]:
@@ -246,7 +244,7 @@ def test_an_adapter_trained_without_the_head_is_refused(tmp_path: Path, keep: Ex
     )
     for parameter in model.parameters():
         parameter.data.normal_()
-    model.save_pretrained(tmp_path / "adapter")
+    model.save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(RefusedError, match="without its head"):
         keep(tmp_path / "adapter")
 
