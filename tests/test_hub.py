@@ -169,6 +169,8 @@ def test_a_git_blob_id_is_the_one_that_git_gives(tmp_path: Path) -> None:
     "path",
     [
         "model.safetensors",
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "model-00003-of-00003.safetensors",
         "model.safetensors.index.json",
         "pytorch_model.bin",

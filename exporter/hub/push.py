@@ -11,7 +11,9 @@ from pathlib import Path
 from exporter.shards import WrittenFile
 
 _BLOCK_BYTES = 1024 * 1024
-_LOADED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_LOADED_WEIGHTS = re.compile(
+    r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_(config\.json|model\.(safetensors|bin))"
+)
 """The names that from_pretrained looks for: beside new weights an old one is read with them, or instead of them."""
 
 
