@@ -182,9 +182,7 @@ def test_weights_that_from_pretrained_would_find_beside_the_new_ones_are_deleted
     assert plan_push([local_file("config.json", b"{}")], {path: remote_file(path, b"w")}).deleted == (path,)
 
 
-@pytest.mark.parametrize(
-    "path", ["LICENSE", ".gitattributes", "notes.md", "loss.png", "onnx/model.safetensors", "adapter_model.safetensors"]
-)
+@pytest.mark.parametrize("path", ["LICENSE", ".gitattributes", "notes.md", "loss.png", "onnx/model.safetensors"])
 def test_files_of_other_people_are_kept(path: str) -> None:
     plan = plan_push([local_file("config.json", b"{}")], {path: remote_file(path, b"x")})
     assert (plan.deleted, plan.kept) == ((), (path,))
