@@ -24,6 +24,7 @@ from exporter.publisher import finish_push, rehearse
 from exporter.report import Report, package_versions
 from exporter.source import find_model
 from exporter.staging import check_output_folder, place_export, private_place, staging_folder
+from exporter.tensors import LazyTensor
 from exporter.verify import check_loads
 from exporter.writer import needed_bytes, write
 
@@ -58,7 +59,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         return
     inputs = Inputs.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint)
     key = _staging_key(prepared, inputs, options)
-    with staging_folder(_place(options), key, needed_bytes(prepared, options)) as staging:
+    with staging_folder(_place(options), key, needed_bytes(prepared, options), inputs.paths) as staging:
         if taken_over := staging.journal.finished_bytes:
             console.note(f"An earlier run was interrupted; the {taken_over:,} bytes that it finished are taken over.")
         push = Push(connection, note=console.note) if connection is not None else None
@@ -117,11 +118,21 @@ def _staging_key(prepared: Prepared, inputs: Inputs, options: Options) -> str:
     digest = hashlib.sha256(json.dumps([package_versions(), options.verify]).encode())
     for shard in prepared.plan.shards:
         digest.update(shard.name.encode() + shard.header)
+    for tensor in prepared.plan.tensors:
+        digest.update(_origin(tensor.source, inputs).encode())
     for name, text in sorted(prepared.texts.items()):
         digest.update(name.encode() + hashlib.sha256(text).digest())
     for file in inputs.files.values():
         digest.update(json.dumps(asdict(file)).encode())
     return digest.hexdigest()
+
+
+def _origin(tensor: LazyTensor, inputs: Inputs) -> str:
+    """How the tensor is made from the files, by their names: which parts of them, and with what arithmetic."""
+    text = repr(tensor)
+    for path in tensor.paths:
+        text = text.replace(repr(path), repr(inputs.files[path].name))
+    return text
 
 
 def _connect(

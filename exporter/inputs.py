@@ -39,6 +39,11 @@ class Inputs:
 
     files: dict[Path, InputFile]
 
+    @property
+    def paths(self) -> dict[str, Path]:
+        """Where the files are, by name."""
+        return {file.name: path for path, file in self.files.items()}
+
     @classmethod
     def of(cls, tensors: Iterable[LazyTensor], checkpoint: Checkpoint) -> Inputs:
         """The files of ``tensors``, which are the checkpoint's, as they are now, sorted by name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,15 @@ from exporter.verify import check_file
 
 @dataclass(frozen=True)
 class Journal:
-    """Records of finished shards, one file each in ``records``; the shards lie in ``folder``."""
+    """Records of finished shards, one file each in ``records``; the shards lie in ``folder``.
+
+    ``sources`` are the files that they are made from, by name: records name them so, since a checkpoint may be moved
+    before the next run.
+    """
 
     records: Path
     folder: Path
+    sources: Mapping[str, Path]
 
     @property
     def finished_bytes(self) -> int:
@@ -36,7 +42,7 @@ class Journal:
     def finished(self, shard: Shard) -> WrittenShard | None:
         """The shard as an earlier run finished it; None if it did not, or the file is no longer what it wrote."""
         try:
-            written = _load(self._record(shard.name).read_bytes())
+            written = _load(self._record(shard.name).read_bytes(), self.sources)
             check_file(written.file, self.folder)
         except (FileNotFoundError, ValueError, KeyError, TypeError, VerificationError):
             return None
@@ -47,7 +53,7 @@ class Journal:
         record = self._record(written.file.path)
         temporary = record.with_suffix(".new")
         with temporary.open("wb") as file:
-            file.write(_dump(written))
+            file.write(_dump(written, {path: name for name, path in self.sources.items()}))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, record)
@@ -61,12 +67,12 @@ class Journal:
         return self.records / f"{name}.json"
 
 
-def _dump(written: WrittenShard) -> bytes:
+def _dump(written: WrittenShard, names: Mapping[Path, str]) -> bytes:
     value = {
         "file": asdict(written.file),
         "nonfinite": {name: asdict(count) for name, count in written.nonfinite.items()},
         "pieces": [
-            [str(member.path), member.offset, member.nbytes, member.crc32, [_numbers(piece) for piece in pieces]]
+            [names[member.path], member.offset, member.nbytes, member.crc32, [_numbers(piece) for piece in pieces]]
             for member, pieces in written.pieces.items()
         ],
     }
@@ -77,13 +83,13 @@ def _numbers(piece: Piece) -> list[int]:
     return [piece.offset, piece.nbytes, piece.crc32]
 
 
-def _load(content: bytes) -> WrittenShard:
+def _load(content: bytes, sources: Mapping[str, Path]) -> WrittenShard:
     value: Any = json.loads(content)
     return WrittenShard(
         file=WrittenFile(**value["file"]),
         nonfinite={name: NonFinite(**count) for name, count in value["nonfinite"].items()},
         pieces={
-            Member(Path(path), offset, nbytes, crc32): {Piece(*piece) for piece in pieces}
-            for path, offset, nbytes, crc32, pieces in value["pieces"]
+            Member(sources[name], offset, nbytes, crc32): {Piece(*piece) for piece in pieces}
+            for name, offset, nbytes, crc32, pieces in value["pieces"]
         },
     )

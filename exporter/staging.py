@@ -15,8 +15,9 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +91,22 @@ def _holds_export(output: Path) -> bool:
 
 
 def private_place(name: str) -> Path:
-    """A place for an export that nobody keeps: ``name`` in this user's own folder of temporary files."""
-    return Path(tempfile.gettempdir()) / f"export-model-{os.getuid()}" / name
+    """A place for an export that nobody keeps: ``name`` in this user's own folder of temporary files.
+
+    Raises:
+        OutputError: that folder is another user's, who made it first.
+    """
+    folder = Path(tempfile.gettempdir()) / f"export-model-{os.getuid()}"
+    _require_own(folder, "Remove it, or set TMPDIR to a folder of your own.")
+    return folder / name
 
 
 @contextmanager
-def staging_folder(place: Path, key: str, needed: int) -> Iterator[Staging]:
+def staging_folder(place: Path, key: str, needed: int, sources: Mapping[str, Path]) -> Iterator[Staging]:
     """The staging of the export that goes to ``place``, with what an interrupted run with the same ``key`` left.
 
-    ``needed`` is the number of bytes that the whole export takes there. At the end the staging goes away, unless the
+    ``needed`` is the number of bytes that the whole export takes there, ``sources`` are the files that it is made from,
+    by name. At the end the staging goes away, unless the
     run ended in a way that another one can finish. Parents that had to be made go away where they stay empty.
 
     Raises:
@@ -109,7 +117,7 @@ def staging_folder(place: Path, key: str, needed: int) -> Iterator[Staging]:
     partial = place.with_name(f".{place.name}.partial")
     with _parents(place.parent), _locked(place):
         try:
-            staging = _open(place, partial, key)
+            staging = _open(place, partial, key, sources)
         except OSError as error:
             raise _no_staging(error) from error
         try:
@@ -125,12 +133,13 @@ def staging_folder(place: Path, key: str, needed: int) -> Iterator[Staging]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open(place: Path, partial: Path, key: str) -> Staging:
+def _open(place: Path, partial: Path, key: str, sources: Mapping[str, Path]) -> Staging:
     """The staging at ``partial``; of an earlier one what is finished stays if it has the same ``key``."""
+    _require_own(partial, "Remove it, or name another --output_folder.")
     earlier = partial / "earlier"
     if earlier.exists() and not place.exists():
         os.rename(earlier, place)  # a run ended between the two renames with which it was replaced
-    staging = Staging(partial / "export", Journal(partial / "finished", partial / "export"))
+    staging = Staging(partial / "export", Journal(partial / "finished", partial / "export", sources))
     if not (_read(partial / "key") == key and staging.folder.is_dir() and staging.journal.records.is_dir()):
         if partial.exists():
             shutil.rmtree(partial)
@@ -140,6 +149,26 @@ def _open(place: Path, partial: Path, key: str) -> Staging:
         (partial / "key").write_text(key)
     staging.journal.remove_unfinished()
     return staging
+
+
+def _require_own(folder: Path, hint: str) -> None:
+    """Nobody else prepared ``folder``: its records would be believed.
+
+    The owner is compared with that of a new file beside it, since some file systems give every file the same owner.
+
+    Raises:
+        OutputError: it is a link, no folder, or another user's.
+    """
+    try:
+        status = folder.lstat()
+        with tempfile.TemporaryFile(prefix=".", dir=folder.parent) as file:
+            owner = os.fstat(file.fileno()).st_uid
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _no_staging(error) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != owner:
+        raise OutputError(f"{folder.name} is there, and is no folder that you made.", hint)
 
 
 def _read(path: Path) -> str | None:

@@ -30,6 +30,7 @@ from exporter.report import Report
 from exporter.source import open_model
 from exporter.tensors import SourceFiles
 from tests.conftest import CHECKPOINTS, Case
+from tests.test_export import interrupt
 from tests.test_source import use
 
 LLAMA, GPT2 = Case("llama-safetensors"), Case("gpt2-safetensors")
@@ -458,3 +459,13 @@ def test_a_merge_into_a_large_base_takes_the_memory_of_a_few_blocks(tmp_path: Pa
         [sys.executable, "-c", _MEASURE, adapter, tmp_path / "export"], check=True, stdout=subprocess.PIPE, text=True
     )
     assert int(run.stdout) < 700, run.stdout
+
+
+def test_a_merge_with_other_settings_is_not_taken_over(
+    tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    interrupt(monkeypatch, export, adapter, prompt_format="none", output_folder=tmp_path / "out")
+    configure(adapter, lora_alpha=64)
+    folder, _ = export(adapter, prompt_format="none", output_folder=tmp_path / "out")
+    assert_same(exported(folder), merged_by_peft(adapter), torch.bfloat16)

@@ -426,3 +426,35 @@ def test_a_rehearsal_needs_no_token_and_no_network(tmp_path: Path) -> None:
 def test_the_report_spells_dtypes_as_safetensors_does(export: Export) -> None:
     _, report = export(Case("llama-zero3").checkpoint, dry_run=True)
     assert report["checkpoint"]["dtypes"] == {DType.F32.name: 21}
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, export: Export, checkpoint: Path, **options: Any) -> None:
+    """An export that is stopped when all its shards are on the disk."""
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("exporter.export.check_members", stop)
+        export(checkpoint, **options)
+
+
+def test_other_weights_of_the_same_file_are_not_taken_over(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, options = Case("tiny-stage0-bf16"), {"dtype": "fp32", "output_folder": tmp_path / "out"}
+    interrupt(monkeypatch, export, case.checkpoint, weights="model", **options)
+    folder, _ = export(case.checkpoint, weights="master", **options)
+    fresh, _ = export(case.checkpoint, weights="master", dtype="fp32")
+    assert contents(folder) == contents(fresh)
+
+
+def test_an_export_goes_on_when_its_checkpoint_was_moved(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case("tiny-stage0-bf16")
+    interrupt(monkeypatch, export, case.copy(tmp_path), output_folder=tmp_path / "out")
+    moved = (tmp_path / "checkpoint").rename(tmp_path / "moved")
+    monkeypatch.setattr("exporter.export.write_shard", None)  # every shard is there
+    folder, _ = export(moved, output_folder=tmp_path / "out")
+    assert_equals_truth(case, folder, torch.bfloat16)
