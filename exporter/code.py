@@ -28,7 +28,8 @@ AUTO_MAP_FILES = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-MAX_MODULE_BYTES = 8 * 1024 * 1024
+MAX_MODULE_BYTES = 1024 * 1024
+"""The largest module that is parsed: three times the largest in transformers, and at most a thousandfold in memory."""
 
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _COPY = "Copy the module beside config.json, with the modules that it imports."
@@ -98,9 +99,10 @@ def imports(file: str, content: bytes) -> list[str]:
     """The modules beside it that the Python ``file`` imports.
 
     Raises:
-        CheckpointError: the file is not Python.
+        CheckpointError: the file is not Python, or too large.
         RefusedError: it imports from above itself or from a sub-package, which a flat folder has not.
     """
+    _require_module_size(file, len(content))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -117,6 +119,13 @@ def imports(file: str, content: bytes) -> list[str]:
                 )
             found += [node.module] if node.module else [alias.name for alias in node.names]
     return list(dict.fromkeys(found))
+
+
+def _require_module_size(file: str, size: int) -> None:
+    if size > MAX_MODULE_BYTES:
+        raise CheckpointError(
+            f"{file} has {size} bytes, too many for a module.", "Cut it into modules, or remove or replace it."
+        )
 
 
 def localize(value: Any) -> Any:
@@ -180,8 +189,7 @@ def _read(folder: Path, module: Module, elsewhere: Elsewhere | None) -> bytes:
     path = folder / module.file
     if not path.exists():
         raise RefusedError(f"{module.reason}, but {module.file} is not beside config.json.", _COPY)
-    if regular_size(path) > MAX_MODULE_BYTES:
-        raise CheckpointError(f"{module.file} is too large for a module.", "Remove or replace it.")
+    _require_module_size(module.file, regular_size(path))
     return path.read_bytes()
 
 

@@ -131,3 +131,8 @@ def test_a_module_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -
     (folder_of(folder, {"AutoModel": "own.X"}) / "own.py").symlink_to(HERE / "conftest.py")
     with pytest.raises(CheckpointError, match="leaves the checkpoint"):
         read_code(folder)
+
+
+def test_a_module_too_large_to_be_parsed_in_bounded_memory_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"^large\.py has 1048578 bytes, too many for a module\.$"):
+        imports("large.py", b"a\n" * (2**19 + 1))

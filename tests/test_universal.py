@@ -194,3 +194,11 @@ def _open_or_refuse(folder: Path) -> None:
         open_checkpoint(folder)
     except ExportError as error:
         assert "\n" not in error.message
+
+
+def test_a_folder_of_parameters_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    checkpoint = Case("tiny-universal-zero2").copy(tmp_path)
+    place = checkpoint / "global_step4_universal" / "zero"
+    place.symlink_to(place.rename(tmp_path / "elsewhere"))
+    with pytest.raises(CheckpointError, match="zero is a symbolic link that leaves the checkpoint folder"):
+        open_checkpoint(checkpoint)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.checkpoints.checkpoint import Checkpoint
+from exporter.checkpoints.folder import require_inside
 from exporter.checkpoints.torch_file import read_torch_file
 from exporter.checkpoints.zero import choose_tag, is_universal_tag, list_tags, read_converted
 from exporter.errors import CheckpointError, IncompleteCheckpointError
@@ -43,6 +44,7 @@ def open_universal(folder: Path, tag: str | None) -> Checkpoint:
     chosen, notes = choose_tag(folder, tag, _LATEST, is_universal_tag)
     converted = read_converted(folder, chosen)
     place = folder / chosen / "zero"
+    require_inside(place)
     folders = _parameter_folders(place, {*converted.trained, *converted.untrained, *converted.checkpoint.aliases})
     masters = {name: _read_parameter(place, name, shape, folders) for name, shape in converted.trained.items()}
     _check_pieces(place, masters, converted.pieces)
