@@ -458,3 +458,11 @@ def test_an_export_goes_on_when_its_checkpoint_was_moved(
     monkeypatch.setattr("exporter.export.write_shard", None)  # every shard is there
     folder, _ = export(moved, output_folder=tmp_path / "out")
     assert_equals_truth(case, folder, torch.bfloat16)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "preprocessor_config.json", "tokenizer_config.json"])
+def test_json_with_too_many_values_within_one_another_is_refused(file: str, export: Export, tmp_path: Path) -> None:
+    checkpoint = Case("tiny-stage0-bf16").copy(tmp_path)
+    (checkpoint / file).write_text('{"a": ' + "[" * 600 + "]" * 600 + "}")
+    with pytest.raises(CheckpointError, match=rf"^{file} is not valid JSON: it has more than 100 values within"):
+        export(checkpoint)

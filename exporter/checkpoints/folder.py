@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from exporter.errors import CheckpointError, IncompleteCheckpointError
 MAX_JSON_BYTES = 128 * 1024 * 1024
 MAX_JSON_MARKS = 8_000_000
 """The most brackets, braces, colons and commas of a JSON text: a parsed value takes up to a hundred bytes for each."""
+
+MAX_JSON_DEPTH = 100
+"""The most values of a JSON text that lie within one another; those who walk through it are recursive."""
 
 MAX_NAME_LENGTH = 1024
 
@@ -105,11 +109,34 @@ def parse_json(raw: bytes, unique_keys: bool) -> Any:
     """The value of the UTF-8 text ``raw``, in bounded memory.
 
     Raises:
-        ValueError, RecursionError: it is not JSON, has too many values, or a key twice against ``unique_keys``.
+        ValueError, RecursionError: it is not JSON, has too many values or too many within one another, or a key twice
+            against ``unique_keys``.
     """
     if sum(raw.count(mark) for mark in (b"[", b"{", b":", b",")) > MAX_JSON_MARKS:
         raise ValueError("it has too many values")
-    return json.loads(raw.decode(), object_pairs_hook=_unique if unique_keys else None)
+    value = json.loads(raw.decode(), object_pairs_hook=_unique if unique_keys else None)
+    require_shallow(value)
+    return value
+
+
+def require_shallow(value: Any) -> None:
+    """Refuse a JSON value with more than :data:`MAX_JSON_DEPTH` values within one another.
+
+    Raises:
+        ValueError: it is such a value.
+    """
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [item for outer in level for item in _items(outer)]
+        if not level:
+            return
+    raise ValueError(f"it has more than {MAX_JSON_DEPTH} values within one another")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

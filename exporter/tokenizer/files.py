@@ -13,6 +13,7 @@ from typing import Any
 
 from exporter.checkpoints.folder import read_json, regular_size
 from exporter.code import localize
+from exporter.checkpoints.folder import read_json, regular_size, require_shallow
 from exporter.errors import CheckpointError
 from exporter.local_paths import is_local_path
 
@@ -190,6 +191,7 @@ def _read(folder: Path, name: str) -> bytes:
 def _parse(name: str, content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content)
+        require_shallow(value)
         if b"\\ud" in content.lower():
             json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair, which is no character
     except (ValueError, RecursionError) as error:
