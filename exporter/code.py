@@ -31,6 +31,9 @@ AUTO_MAP_FILES = (
 MAX_MODULE_BYTES = 1024 * 1024
 """The largest module that is parsed: three times the largest in transformers, and at most a thousandfold in memory."""
 
+MAX_MODULE_BRACES = 10_000
+"""The most fields that its f-strings may have: before Python 3.12 each of them is looked for in the whole string."""
+
 _REPOSITORY = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*", re.ASCII)
 _COPY = "Copy the module beside config.json, with the modules that it imports."
 
@@ -103,6 +106,8 @@ def imports(file: str, content: bytes) -> list[str]:
         RefusedError: it imports from above itself or from a sub-package, which a flat folder has not.
     """
     _require_module_size(file, len(content))
+    if content.count(b"{") > MAX_MODULE_BRACES:
+        raise CheckpointError(f"{file} has too many braces for a module.", "Move its tables into a JSON file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -136,3 +136,8 @@ def test_a_module_that_is_a_link_out_of_the_folder_is_not_read(tmp_path: Path) -
 def test_a_module_too_large_to_be_parsed_in_bounded_memory_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"^large\.py has 1048578 bytes, too many for a module\.$"):
         imports("large.py", b"a\n" * (2**19 + 1))
+
+
+def test_a_module_that_takes_a_minute_to_be_parsed_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"^slow\.py has too many braces for a module\.$"):
+        imports("slow.py", b"f'" + b"{a}" * 10_001 + b"'")
