@@ -266,12 +266,14 @@ def test_a_scaled_model_gives_the_logits_of_the_same_scaling_in_transformers(
     assert not torch.allclose(found, unscaled, rtol=1e-3, atol=1e-4)
 
 
-def test_a_neox_model_keeps_its_rotary_share_when_it_is_scaled(export: Export) -> None:
-    folder, _ = export(NEOX.checkpoint, rope_scaling_factor=4.0)
+def test_a_neox_model_keeps_its_rotary_share_when_it_is_scaled(tmp_path: Path, export: Export) -> None:
+    before = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    checkpoint = edit_config(NEOX.copy(tmp_path), rope_parameters=before, rope_theta=None, partial_rotary_factor=None)
+    folder, _ = export(checkpoint, rope_scaling_factor=4.0)
     rope = transformers.AutoConfig.from_pretrained(folder).rope_parameters
-    before = transformers.AutoConfig.from_pretrained(NEOX.checkpoint).rope_parameters
-    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
-    assert all(rope[key] == before[key] for key in ("rope_theta", "partial_rotary_factor"))
+    assert {key: rope[key] for key in (*before, "factor")} == before | {"rope_type": "linear", "factor": 4.0}
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rotary_emb_base"], config["rotary_pct"]) == (5000.0, 0.5)
 
 
 def test_a_config_of_transformers_4_is_scaled_too(tmp_path: Path, export: Export) -> None:

@@ -11,8 +11,8 @@ from exporter.architecture.origin import Origin
 from exporter.errors import CheckpointError, RefusedError
 from exporter.tensors import Extent, LazyTensor, StoredTensor, Vector
 
-_WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|forward_module|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
-"""What torch.compile, Lightning, FSDP and activation checkpointing put before the names of any module."""
+_WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and activation checkpointing put before the names of any module."""
 
 
 @dataclass(frozen=True)
