@@ -61,7 +61,7 @@ def trained_policy() -> Any:
 def with_value_head(policy: Any) -> dict[str, torch.Tensor]:
     """The state dict of trlX's policy: the model's, and the value head's."""
     head = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 1))
-    return policy.state_dict() | {f"v_head.{name}": tensor for name, tensor in head.state_dict().items()}
+    return {**policy.state_dict(), **{f"v_head.{name}": tensor for name, tensor in head.state_dict().items()}}
 
 
 WAYS: dict[str, Callable[[Mapping[str, torch.Tensor]], Any]] = {
