@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.folder import read_json, regular_size
-from exporter.code import localize
 from exporter.checkpoints.folder import read_json, regular_size, require_shallow
+from exporter.code import localize
 from exporter.errors import CheckpointError
 from exporter.local_paths import is_local_path
 
