@@ -435,7 +435,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, export: Export, checkpoint: Path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("exporter.export.check_members", stop)
+        patch.setattr("exporter.writer.check_members", stop)
         export(checkpoint, **options)
 
 
