@@ -455,7 +455,7 @@ def test_an_export_goes_on_when_its_checkpoint_was_moved(
     case = Case("tiny-stage0-bf16")
     interrupt(monkeypatch, export, case.copy(tmp_path), output_folder=tmp_path / "out")
     moved = (tmp_path / "checkpoint").rename(tmp_path / "moved")
-    monkeypatch.setattr("exporter.export.write_shard", None)  # every shard is there
+    monkeypatch.setattr("exporter.writer.write_shard", None)  # every shard is there
     folder, _ = export(moved, output_folder=tmp_path / "out")
     assert_equals_truth(case, folder, torch.bfloat16)
 
