@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from exporter.processor import read_processor
 from tests.conftest import Case
@@ -132,7 +133,6 @@ def test_the_processor_and_its_template_are_published(tmp_path: Path, export: Ex
 
 
 def test_a_processor_that_transformers_saved_prepares_the_same_inputs(tmp_path: Path, export: Export) -> None:
-    images = pytest.importorskip("PIL.Image")
     checkpoint = saved(llava(), tmp_path / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
@@ -150,7 +150,7 @@ def test_a_processor_that_transformers_saved_prepares_the_same_inputs(tmp_path: 
     assert report["checks"][-1]["detail"].endswith("its processor loads")
     loaded = transformers.AutoProcessor.from_pretrained(folder)
     assert loaded.chat_template == TEMPLATE
-    request = {"text": "USER: <image> hi", "images": images.new("RGB", (9, 9), (200, 30, 10)), "return_tensors": "pt"}
+    request = {"text": "USER: <image> hi", "images": Image.new("RGB", (9, 9), (200, 30, 10)), "return_tensors": "pt"}
     expected, inputs = processor(**request), loaded(**request)
     assert expected.keys() == inputs.keys() and "pixel_values" in inputs
     assert all(torch.equal(inputs[key], expected[key]) for key in expected)
