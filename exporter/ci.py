@@ -12,10 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from exporter.errors import OutputError
+from exporter.report import planned_actions
 
 OUTPUTS = ("status", "exit_code", "url", "commit", "tag", "pr_url")
 MAX_FILES = 200
 """The most files that a summary lists: a step's summary has a limit, and a reader too."""
+
+_COUNTED = ("added", "replaced", "undecided", "deleted", "unchanged", "kept")
 
 
 def tell_job(report: Mapping[str, Any], exit_code: int) -> None:
@@ -59,16 +62,22 @@ def _summary(report: Mapping[str, Any]) -> Iterator[str]:
     if error:
         yield from (f"**{_text(error['message'])}** (exit code {error['code']})", "", _text(error["hint"]), "")
     if hub:
-        yield from _table(["published", "revision", "commit", "tag"], [_release(hub)])
-        yield from _table(["files", "number"], [[key, len(hub[key])] for key in ("added", "deleted", "unchanged")])
+        where = "planned" if report["status"] == "planned" else "published"
+        yield from _table([where, "revision", "commit", "tag"], [_release(hub)])
+        yield from _table(["files", "number"], [[key, len(hub[key])] for key in _COUNTED if key in hub])
+        yield from _limited(["plan", "file"], planned_actions(hub))
     if output.get("files"):
         yield f"{output['shards']} weight file(s), {output['total_size']:,} bytes of {output['dtype']}"
         yield ""
     yield from _table(["check", "status", "detail"], [check.values() for check in report["checks"]])
-    files = output.get("files") or []
-    yield from _table(["file", "bytes", "sha256"], [file.values() for file in files[:MAX_FILES]])
-    if len(files) > MAX_FILES:
-        yield f"and {len(files) - MAX_FILES} more files"
+    yield from _limited(["file", "bytes", "sha256"], [file.values() for file in output.get("files") or []])
+
+
+def _limited(header: Sequence[str], rows: Sequence[Iterable[Any]]) -> Iterator[str]:
+    """A table with a row for each file, of many files the first ones."""
+    yield from _table(header, rows[:MAX_FILES])
+    if len(rows) > MAX_FILES:
+        yield from (f"and {len(rows) - MAX_FILES} more files", "")
 
 
 def _release(hub: Mapping[str, Any]) -> list[Any]:

@@ -61,7 +61,17 @@ class HyphenCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.token_normalize_func = _underscored
         ctx.meta["arguments"] = list(args)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.get_params(ctx):
+            _require_text(parameter, ctx.params.get(parameter.name or ""))
+        return rest
+
+
+def _require_text(parameter: click.Parameter, value: Any) -> None:
+    """Bytes of an argument that are no text in UTF-8 arrive as surrogates, which no file can hold."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, str) and any("\ud800" <= character <= "\udfff" for character in item):
+            raise click.UsageError(f"{parameter.opts[0]} is not text in UTF-8.")
 
 
 def _underscored(name: str) -> str:
@@ -229,8 +239,7 @@ def export(ctx: click.Context, /, **values: Any) -> None:
     """
     if not (values["hf_repo_name"] or values["output_folder"] or values["rehearse"] or values["dry_run"]):
         raise click.UsageError("Say where to: --hf_repo_name, --output_folder, --rehearse or --dry_run.")
-    if values["report"] and values["output_folder"] and _is_inside(values["report"], values["output_folder"]):
-        raise click.UsageError("--report lies inside --output_folder, which holds the export's own files alone.")
+    _require_report_outside(values["report"], values["output_folder"], "--output_folder")
     with ending(values["report"], values["as_json"], values["auth_token"]) as report:
         from exporter.console import Console
         from exporter.export import run_export
@@ -294,6 +303,7 @@ def verify(
     published = _PUBLISHED.fullmatch(str(folder)) if not folder.exists() else None
     if published and (checkpoint or load):
         raise click.UsageError("--checkpoint and --load need a folder: download the repository first.")
+    _require_report_outside(report, folder, "FOLDER")
     with ending(report, as_json) as findings:
         from exporter.console import Console
         from exporter.hub import HubAccess
@@ -314,6 +324,7 @@ def verify(
 @click.pass_context
 def publish(ctx: click.Context, /, report: Path | None, as_json: bool, quiet: bool, **values: Any) -> None:
     """Publish FOLDER, which was exported earlier with --hf_repo_name and --no_publish, exactly as it stands."""
+    _require_report_outside(report, values["folder"], "FOLDER")
     with ending(report, as_json, values["auth_token"]) as findings:
         from exporter.console import Console
         from exporter.release import ReleaseOptions, run_publish
@@ -336,8 +347,9 @@ main.add_command(verify)
 main.add_command(publish)
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+def _require_report_outside(report: Path | None, folder: Path | None, name: str) -> None:
+    if report and folder and Path(os.path.realpath(report)).is_relative_to(os.path.realpath(folder)):
+        raise click.UsageError(f"--report lies inside {name}, which holds the export's own files alone.")
 
 
 def _warn_of_token(ctx: click.Context, console: Console) -> None:
@@ -538,16 +550,9 @@ def _export_lines(report: dict[str, Any]) -> list[str]:
 
 def _forecast_lines(hub: dict[str, Any]) -> list[str]:
     """What publishing would do to the repository, file by file."""
-    replaced = set(hub["replaced"])
-    actions = [
-        ("add", [path for path in hub["added"] if path not in replaced]),
-        ("replace", hub["replaced"]),
-        ("send if changed", hub["undecided"]),
-        ("delete", hub["deleted"]),
-        ("leave", hub["unchanged"]),
-        ("keep", hub["kept"]),
-    ]
-    lines = [f"{action:>15}  {path}" for action, paths in actions for path in paths]
+    from exporter.report import planned_actions
+
+    lines = [f"{action:>15}  {path}" for action, path in planned_actions(hub)]
     return [f"on {hub['revision']} of {hub['repo_id']}, up to {hub['sent_bytes']:,} bytes to send:", *lines]
 
 

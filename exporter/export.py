@@ -35,7 +35,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     Raises:
         ExportError: as the stages raise it; nothing half-made is left behind or published.
     """
-    destination = options.destination if options.repo_name else None
+    destination = options.destination if options.repo_name is not None else None
     if options.no_publish and options.output_folder is None and not options.dry_run:
         raise UsageError("--no_publish leaves nothing behind without a folder.", "Add --output_folder.")
     _require_compatible(options)

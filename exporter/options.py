@@ -58,7 +58,7 @@ class Options:
     @property
     def repo_name(self) -> str | None:
         """The repository that the card names; a rehearsal without a name gets one."""
-        return self.hf_repo_name or ("rehearsal/model" if self.rehearse else None)
+        return "rehearsal/model" if self.rehearse and self.hf_repo_name is None else self.hf_repo_name
 
     @property
     def access(self) -> HubAccess:

@@ -73,9 +73,22 @@ def prove_on_hub(repo_id: str, revision: str, report: Report) -> None:
     """
     with report.timed("hub"):
         proven = prove_published(repo_id, revision)
-    report.hub = {"endpoint": proven.endpoint, "repo_id": repo_id, "url": proven.url, "commit": proven.commit}
+    report.hub = {
+        "endpoint": proven.endpoint,
+        "repo_id": repo_id,
+        "url": proven.url,
+        "commit": proven.commit,
+        "revision": revision,
+        "pr_url": None,
+        "tag": None,
+        "transport": None,
+        "added": (),
+        "deleted": (),
+        "unchanged": proven.paths,
+        "uploaded_bytes": 0,
+    }
     report.checks.append(
-        Check("hub", "passed", f"{proven.count} files and their headers are what {MANIFEST_NAME} says")
+        Check("hub", "passed", f"{len(proven.paths)} files and their headers are what {MANIFEST_NAME} says")
     )
     report.status = "verified"
 

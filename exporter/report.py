@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,22 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "absent"
     return versions
+
+
+def planned_actions(hub: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What publishing would do to each file, if ``hub`` is that of a plan; nothing of a release that was made."""
+    if "sent_bytes" not in hub:
+        return []
+    replaced = set(hub["replaced"])
+    actions = [
+        ("add", [path for path in hub["added"] if path not in replaced]),
+        ("replace", hub["replaced"]),
+        ("send if changed", hub["undecided"]),
+        ("delete", hub["deleted"]),
+        ("leave", hub["unchanged"]),
+        ("keep", hub["kept"]),
+    ]
+    return [(action, path) for action, paths in actions for path in paths]
 
 
 @dataclass
@@ -77,11 +93,17 @@ class Report:
         return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
 
     def write(self, path: Path) -> None:
-        """Write the report to ``path``, in place of an earlier one, in one step.
+        """Write the report to ``path``, in place of an earlier one, in one step; of a link, where it leads.
 
         Raises:
-            OutputError: it cannot be written there.
+            OutputError: it cannot be written there, or a device or pipe is there, which nothing may replace.
         """
+        path = Path(os.path.realpath(path))
+        if path.exists() and not path.is_file():
+            raise OutputError(
+                f"The report cannot be written: {path.name} is no regular file.",
+                "Name a --report file; --json prints the report.",
+            )
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             temporary.write_text(self.dump() + "\n", encoding="utf-8")

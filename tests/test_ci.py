@@ -95,6 +95,35 @@ def test_a_job_learns_where_each_stage_of_a_release_ended(job: Path, hub: Rehear
     assert "(exit code 2)" in summary
 
 
+def test_a_job_learns_that_a_published_repository_was_verified(job: Path, hub: RehearsalHub, export: Export) -> None:
+    folder, _ = export(CHECKPOINT, hf_repo_name=NAME, no_publish=True, verify="files")
+    assert invoke("publish", str(folder), "--auth_token", hub.token, "--public").exit_code == 0
+    released = outputs(job)
+    finished = invoke("verify", NAME, "--json")
+    assert (finished.exit_code, outputs(job)) == (0, released | {"status": "verified"})
+    report = json.loads(finished.stdout)["hub"]
+    assert {"revision": "main", "uploaded_bytes": 0, "added": [], "deleted": []}.items() <= report.items()
+    assert {*report["unchanged"], "export.json"} == {path.name for path in folder.iterdir()}
+
+
+def test_the_summary_of_a_dry_run_has_the_plan_file_by_file(job: Path, hub: RehearsalHub, export: Export) -> None:
+    folder, _ = export(CHECKPOINT, hf_repo_name=NAME, no_publish=True, verify="files", max_shard_size=20_000)
+    assert invoke("publish", str(folder), "--auth_token", hub.token).exit_code == 0
+    (job / "summary.md").unlink()
+    plan = ["export", str(CHECKPOINT), "--hf_repo_name", NAME, "--dry_run", "--auth_token", hub.token]
+    assert invoke(*plan).exit_code == 0
+    summary = (job / "summary.md").read_text()
+    assert "| planned | revision | commit | tag |" in summary
+    for action, path in {
+        "add": "model.safetensors",
+        "replace": "README.md",
+        "delete": "model.safetensors.index.json",
+        "leave": "config.json",
+        "keep": ".gitattributes",
+    }.items():
+        assert f"| {action} | {path} |" in summary
+
+
 def test_a_pull_request_is_an_output(job: Path, hub: RehearsalHub, export: Export) -> None:
     HfApi(hub.endpoint, token=hub.token).create_repo(NAME)
     folder, _ = export(CHECKPOINT, hf_repo_name=NAME, no_publish=True, verify="files")
@@ -300,7 +329,7 @@ def run_action(place: Path, inputs: Mapping[str, str], **environment: str) -> su
 def test_two_jobs_release_a_model_as_the_example_says(job: Path, hub: RehearsalHub) -> None:
     HfApi(hub.endpoint, token=hub.token).create_repo(NAME)
     workflow = yaml.safe_load(WORKFLOW.read_text())
-    values = {"checkpoint": str(CHECKPOINT), "repository": NAME, "tag": "v1 beta; touch x"}
+    values = {"checkpoint": str(CHECKPOINT), "repository": NAME, "tag": "v1;touch${IFS}x"}
     steps = [step["with"] for name in ("export", "publish") for step in workflow["jobs"][name]["steps"]]
     export, publish = (with_ for with_ in steps if "target" in with_)
 

@@ -154,6 +154,41 @@ def test_a_report_that_cannot_be_written_is_said_in_the_json_before_any_work(tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_replaces_no_pipe_or_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = invoke(CHECKPOINT, "--output_folder", str(tmp_path / "out"), "--report", str(tmp_path / "pipe"))
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert "pipe is no regular file" in result.stderr
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_report_is_written_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("report.json")
+    invoke("no-such-folder", "--dry_run", "--report", str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "report.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("command", ["publish", "verify"])
+def test_a_report_does_not_damage_the_folder_that_it_is_about(command: str, tmp_path: Path) -> None:
+    (tmp_path / "export.json").write_text("{}")
+    result = CliRunner().invoke(main, [command, str(tmp_path), "--report", str(tmp_path / "export.json")])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert (tmp_path / "export.json").read_text() == "{}"
+
+
+def test_an_empty_repository_name_is_not_taken_for_none(tmp_path: Path) -> None:
+    result = invoke(CHECKPOINT, "--hf_repo_name", "", "--output_folder", str(tmp_path / "out"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_argument_that_is_not_utf_8_is_a_usage_error() -> None:
+    result = invoke(CHECKPOINT, "--dry_run", "--train_command", os.fsdecode(b"tr\xe4in"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--train_command is not text in UTF-8" in result.stderr
+
+
 def test_the_report_of_an_earlier_run_does_not_outlive_the_start(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text('{"status": "published"}')

@@ -220,6 +220,31 @@ def test_a_pull_request_goes_with_neither_another_branch_nor_a_tag() -> None:
         Destination(REPO, create_pr=True, release_tag="v1")
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a b", "a..b", "v1~", "-v1", "/v1", "v1/", "a//b", "v1.", ".v1", "v1.lock", "a@{b", "HEAD", "refs/pr/1", "0" * 40],
+)
+def test_a_name_that_no_branch_or_tag_can_have_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match="--release_tag"):
+        Destination(REPO, release_tag=name)
+    with pytest.raises(UsageError, match="--revision"):
+        Destination(REPO, revision=name)
+
+
+@pytest.mark.parametrize("name", ["v1", "v1.0.2", "2024-05-01", "release/1.x", "épreuve", "a@b", "1"])
+def test_names_that_git_takes_are_taken(name: str) -> None:
+    assert Destination(REPO, release_tag=name).release_tag == name
+
+
+def test_a_tag_does_not_hide_a_branch(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a branch and of a tag"):
+        Destination(REPO, release_tag="main")
+    files = export(tmp_path, release())
+    published(lfs_hub, files, revision="dev")
+    with pytest.raises(HubRefusedError, match="dev is a branch"):
+        connected(lfs_hub, release_tag="dev")
+
+
 # Publishing
 
 
@@ -323,6 +348,12 @@ def test_a_branch_is_made_if_absent_and_main_stays_as_it_is(hub: RehearsalHub, t
     assert tree(hub, "feature/x") == {".gitattributes", *(file.path for file in files)}
     assert result.revision == "feature/x"
     assert published(hub, files, revision="feature/x").status == "unchanged"
+
+
+def test_a_message_of_several_lines_has_a_title_and_a_description(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
+    published(lfs_hub, export(tmp_path, release()), commit_message="\nTitle\n\nFirst line.\nSecond line.\n")
+    commit = api_of(lfs_hub).list_repo_commits(REPO)[0]
+    assert (commit.title, commit.message) == ("Title", "First line.\nSecond line.")
 
 
 def test_the_release_tag_is_set_on_the_commit(lfs_hub: RehearsalHub, tmp_path: Path) -> None:
@@ -562,7 +593,7 @@ def test_a_published_export_is_proven_without_its_weights(as_the_hub: RehearsalH
     for revision, commit in (("v1", result.commit), ("main", commits(as_the_hub)[0])):
         as_the_hub.requests.clear()
         proven = prove_published(REPO, revision)
-        assert (proven.commit, proven.count) == (commit, 6)
+        assert (proven.commit, len(proven.paths)) == (commit, 6)
         assert changes(as_the_hub) == []
 
 
@@ -603,7 +634,7 @@ def test_weights_whose_headers_do_not_fit_are_found_after_the_commit(
 def test_a_long_header_is_read_whole(as_the_hub: RehearsalHub, tmp_path: Path) -> None:
     weights = safetensors({f"weight.{'x' * 100}.{i}": bytes([i % 256]) for i in range(2000)})
     published(as_the_hub, export(tmp_path, {"README.md": CARD.encode(), "model.safetensors": weights}))
-    assert prove_published(REPO, "main").count == 2
+    assert len(prove_published(REPO, "main").paths) == 2
 
 
 @pytest.mark.parametrize("name", ["org/none", "org/tiny@none"])

@@ -50,7 +50,8 @@ def known_tokens(token: str | None) -> tuple[str, ...]:
 
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
     login = Path(constants.HF_TOKEN_PATH)
-    saved = login.read_text(encoding="utf-8", errors="replace") if os.access(login, os.R_OK) else ""
+    is_there = login.is_file() and os.access(login, os.R_OK)
+    saved = login.read_text(encoding="utf-8", errors="replace") if is_there else ""
     found = (token or "", saved, *(os.environ.get(name, "") for name in names))
     return tuple(filter(None, (text.strip() for text in found)))
 
@@ -70,6 +71,10 @@ def _configured_token() -> str | None:
         raise CredentialError(
             f"HF_OIDC_RESOURCE is set, but the Hub gave no token for it: {' '.join(str(error).split())}",
             "Check the trusted publisher on the Hub and the job's id-token permission, or unset HF_OIDC_RESOURCE.",
+        ) from error
+    except OSError as error:
+        raise CredentialError(
+            f"The saved login cannot be read: {error.strerror}", "Set HF_TOKEN, or log in again with: hf auth login"
         ) from error
 
 

@@ -35,12 +35,12 @@ def require_arrived(repository: Repository, commit: str, files: Sequence[Outgoin
 
 @dataclass(frozen=True)
 class Proven:
-    """A published revision that is what its manifest says: where it is, and the number of files that are listed."""
+    """A published revision that is what its manifest says: where it is, and the files that are listed."""
 
     endpoint: str
     url: str
     commit: str
-    count: int
+    paths: tuple[str, ...]
 
 
 def prove_published(repo_id: str, revision: str) -> Proven:
@@ -63,12 +63,12 @@ def prove_published(repo_id: str, revision: str) -> Proven:
             raise UsageError(
                 f"There is no {repo_id}@{revision} on the Hub, or not for this token.", "Check the name and the token."
             )
-        count = _prove(repository, commit)
-    return Proven(endpoint, f"{repository.url}/tree/{commit}", commit, count)
+        paths = _prove(repository, commit)
+    return Proven(endpoint, f"{repository.url}/tree/{commit}", commit, paths)
 
 
-def _prove(repository: Repository, commit: str) -> int:
-    """The number of files that the manifest at ``commit`` lists, all of which are there."""
+def _prove(repository: Repository, commit: str) -> tuple[str, ...]:
+    """The files that the manifest at ``commit`` lists, all of which are there."""
     snapshot = repository.snapshot(commit)
     if not snapshot.owned:
         raise VerificationError(
@@ -81,7 +81,7 @@ def _prove(repository: Repository, commit: str) -> int:
     plan = plan_push(listed, snapshot.files, blob_ids={**blob_ids, MANIFEST_NAME: manifest.blob_id})
     _require_same(repository, snapshot, plan, {file.path: file.size for file in listed})
     require_readable(repository, snapshot)
-    return len(files)
+    return tuple(sorted(snapshot.owned))
 
 
 def _blob_ids(repository: Repository, snapshot: Snapshot, files: Iterable[WrittenFile]) -> dict[str, str]:

@@ -131,6 +131,11 @@ def with_branch(connection: Connection) -> Connection:
             f"{destination.revision} is a tag of {destination.repo_id}, and a tag takes no commit",
             "Name a branch with --revision.",
         )
+    if destination.release_tag in branches:
+        raise HubRefusedError(
+            f"{destination.release_tag} is a branch of {destination.repo_id}: a tag of that name would hide it",
+            "Use another --release_tag.",
+        )
     pull_request = repository.own_pull_request(connection.user) if destination.create_pr and branches else None
     base = branches.get(destination.revision, branches.get(DEFAULT_BRANCH))
     head = pull_request.head if pull_request else base

@@ -220,6 +220,7 @@ def _make_commit(
             connection.repository.repo_id,
             [*additions, *deletions],
             commit_message=connection.destination.summary,
+            commit_description=connection.destination.description,
             revision=connection.revision,
             create_pr=_opens_pull_request(connection),
             parent_commit=connection.head,
