@@ -1,4 +1,4 @@
-"""Publishing while converting against converting first: thousands of small files, and one very large one.
+"""Publishing while converting against converting first: many small files, one large one, and some.
 
 python -m benchmarks.push [--rounds 2] [--folder DIR]
 
@@ -21,7 +21,7 @@ from benchmarks.synthetic import SIZES, Model
 from exporter.rehearsal import RehearsalHub
 
 CASES = {
-    "3000 small files": (Model(64, 128, 330), "40KB"),
+    "many small files": (Model(64, 128, 330), "40KB"),
     "one large file": (SIZES["0.8B"], "100GB"),
     "20 files": (SIZES["0.8B"], "90MB"),
 }

@@ -27,6 +27,9 @@ from exporter.tensors import GrownTensor, LazyTensor, Member, Piece
 from exporter.verify import Check, check_batch, check_copy, check_file, check_names
 from exporter.weights import PlannedWeights
 
+SENT_TOGETHER = 1024 * 1024
+"""Shards of fewer bytes are sent together before the commit: a request for each would take longer than its bytes."""
+
 
 def write(
     prepared: Prepared,
@@ -108,7 +111,7 @@ def write_shards(
 
 def _send_ahead(push: Push, written: WrittenShard, staging: Staging, options: Options) -> None:
     """Upload a finished shard while others are written, and make room for them where nobody keeps it."""
-    if written.nonfinite and not options.allow_nonfinite:
+    if written.file.size < SENT_TOGETHER or (written.nonfinite and not options.allow_nonfinite):
         return
     if push.send_ahead(outgoing(written.file, staging.folder)) and not _keeps_shards(options):
         staging.journal.remove(written)
@@ -198,8 +201,9 @@ def _keeps_shards(options: Options) -> bool:
 def needed_bytes(prepared: Prepared, options: Options) -> int:
     """The most bytes of the export that are in the staging at the same time."""
     sizes = sorted((shard.size for shard in prepared.plan.shards), reverse=True)
-    texts = sum(map(len, prepared.texts.values()))
-    return texts + sum(sizes if _keeps_shards(options) else sizes[: _staged_shards(options)])
+    if not _keeps_shards(options):
+        sizes = sizes[: _staged_shards(options)] + [size for size in sizes if size < SENT_TOGETHER]
+    return sum(map(len, prepared.texts.values())) + sum(sizes)
 
 
 def _staged_shards(options: Options) -> int:

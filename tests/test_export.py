@@ -384,6 +384,7 @@ def test_a_shard_makes_room_once_it_is_sent(
         return real(push, file)
 
     monkeypatch.setattr(Push, "send_ahead", counting)
+    monkeypatch.setattr("exporter.writer.SENT_TOGETHER", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     checkpoint, options = Case("llama-zero2").checkpoint, {"max_shard_size": 4000, "jobs": jobs}
     with RehearsalHub(organizations=["Org"]) as hub:
