@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,7 +219,7 @@ def _parents(folder: Path) -> Iterator[None]:
         yield
     finally:
         for path in missing:
-            if not any(path.iterdir()):
+            with suppress(OSError):  # another process may have put something there, or taken it away, a moment ago
                 path.rmdir()
 
 

@@ -73,6 +73,12 @@ def test_a_failure_leaves_no_staging_folder_and_no_parent(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_parent_that_another_process_took_away_does_not_fail_a_run(tmp_path: Path) -> None:
+    with staging_folder(tmp_path / "private" / "out", KEY, 1, SOURCES):
+        shutil.rmtree(tmp_path / "private")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the disk has"), staging_folder(tmp_path / "out", KEY, 10**18, SOURCES):
         pass
