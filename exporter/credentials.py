@@ -48,7 +48,7 @@ def _word(kind: str, marks: str, pattern: str) -> _Form:
 _NAMES = (
     "api_key API_KEY api-key secret_access_key SECRET_ACCESS_KEY session_token SESSION_TOKEN client_secret "
     "CLIENT_SECRET account_key ACCOUNT_KEY hf_token HF_TOKEN hub_token HUB_TOKEN auth_token AUTH_TOKEN access_token "
-    "ACCESS_TOKEN GITHUB_TOKEN GH_TOKEN CI_JOB_TOKEN"
+    "ACCESS_TOKEN GITHUB_TOKEN GH_TOKEN CI_JOB_TOKEN api_token API_TOKEN api_secret API_SECRET wandb_key"
 )
 """Names of settings and environment variables whose value is a credential of any form."""
 
@@ -80,7 +80,16 @@ _FORMS = (
         "sk-",
         r"sk-(?:(?:proj|svcacct|admin|ant|or)-[A-Za-z0-9_-]{32,512}|[A-Za-z0-9]{32,256}(?![A-Za-z0-9]))",
     ),
+    _word("an API key of a model provider", "gsk_ xai- nvapi-", r"(?:gsk_|xai-|nvapi-)[A-Za-z0-9_-]{48,256}"),
+    _word("an API key of a model provider", "pplx- tgp_v1_ r8_", r"(?:pplx-|tgp_v1_|r8_)[A-Za-z0-9_-]{37,256}"),
+    _word("a Databricks token", "dapi", r"dapi[0-9a-f]{32}(?![A-Za-z0-9])"),
+    _word("a DigitalOcean token", "dop_v1_ doo_v1_ dor_v1_", r"do[opr]_v1_[0-9a-f]{64}"),
+    _word("a package registry's token", "npm_ pypi-AgE", r"npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])|pypi-AgE[\w-]{50,1024}"),
+    _word("a Stripe key", "sk_live_ rk_live_", r"[rs]k_live_[A-Za-z0-9]{20,256}"),
+    _word("a SendGrid key", "SG.", r"SG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}(?![A-Za-z0-9])"),
+    _word("a JSON Web Token", "eyJ", r"eyJ[\w-]{10,4096}\.eyJ[\w-]{10,4096}\.[\w-]{20,4096}"),
     _word("a Weights & Biases key", "wandb_v1_", r"wandb_v1_[A-Za-z0-9_]{32,256}"),
+    _word("a private key", "AGE-SECRET-KEY-", r"AGE-SECRET-KEY-1[A-Z0-9]{58}"),
     _form("a private key", "-----BEGIN", r"-----BEGIN (?:[A-Z0-9]{1,16} ){0,3}PRIVATE KEY(?: BLOCK)?-----"),
     _form("a password in a URL", "://", r"""://[^\s/?#:@"'<>$\\{]{1,128}:[^\s/?#:@"'<>$\\{]{3,256}@[A-Za-z0-9\[]"""),
     _NAMED,
