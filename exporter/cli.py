@@ -481,6 +481,7 @@ def _tell_failure(report: Report, error: BaseException, token: str | None) -> in
     tokens = known_tokens(token)
     message, hint = redact(message, tokens), redact(hint, tokens)
     report.fail(code, kind, message, hint)
+    report.redact(tokens)
     if code == 1 or (os.environ.get("EXPORT_MODEL_DEBUG") and code != 130):
         say(redact("".join(traceback.format_exception(error)), tokens).rstrip("\n"), err=True)
     if code != 1:

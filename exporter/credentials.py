@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from exporter.errors import RefusedError
 
@@ -150,3 +150,14 @@ def redact(text: str, tokens: Iterable[str] = ()) -> str:
         for found in reversed(list(_matches(form, content))):
             content = content[: found.start()] + REDACTED + content[found.end() :]
     return content.decode(errors="surrogateescape")
+
+
+def redact_values(value: Any, tokens: Iterable[str] = ()) -> Any:
+    """``value``, which JSON could hold, with every string in it redacted, those that are names too."""
+    if isinstance(value, str):
+        return redact(value, tokens)
+    if isinstance(value, Mapping):
+        return {redact(str(name), tokens): redact_values(item, tokens) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_values(item, tokens) for item in value]
+    return value

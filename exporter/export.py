@@ -13,15 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 from exporter.console import Console
-from exporter.description import describe_forecast
+from exporter.credentials import require_no_credentials
+from exporter.description import describe_forecast, describe_source
 from exporter.errors import UsageError
 from exporter.facts import prompt_of
-from exporter.hub import Connection, Destination, Push, connect, has_token
+from exporter.hub import Connection, Destination, Push, connect, has_token, known_tokens
 from exporter.inputs import Inputs
+from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.options import Options, content_options
 from exporter.preparation import Prepared, prepare
 from exporter.publisher import finish_push, rehearse
 from exporter.report import Report, package_versions
+from exporter.shards import WrittenFile
 from exporter.source import find_model
 from exporter.staging import check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import LazyTensor
@@ -49,6 +52,8 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         prepared = prepare(options, report, console)
     if options.output_folder is not None and prepared.checkpoint.base is not None:
         check_output_folder(options.output_folder, prepared.checkpoint.base.folder, options.overwrite)
+    inputs = Inputs.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint)
+    _require_clean_manifest(prepared, inputs, options, report)
     card = prepared.texts["README.md"].decode()
     connection = None
     if destination is not None and options.publishes:
@@ -57,7 +62,6 @@ def run_export(options: Options, report: Report, console: Console) -> None:
         report.status = "planned"
         report.hub = describe_forecast(connection, prepared.plan, prepared.texts) if connection is not None else None
         return
-    inputs = Inputs.of((tensor.source for tensor in prepared.plan.tensors), prepared.checkpoint)
     key = _staging_key(prepared, inputs, options)
     with staging_folder(_place(options), key, needed_bytes(prepared, options), inputs.paths) as staging:
         if taken_over := staging.journal.finished_bytes:
@@ -91,6 +95,14 @@ def _require_compatible(options: Options) -> None:
         raise UsageError("--rope_scaling_type does nothing without a factor.", "Add --rope_scaling_factor.")
     if factor is not None and not 1.0 <= factor < math.inf:
         raise UsageError(f"--rope_scaling_factor is {factor}, expected a number of at least 1.", "Give it as 2.0.")
+
+
+def _require_clean_manifest(prepared: Prepared, inputs: Inputs, options: Options, report: Report) -> None:
+    """No credential is in what the manifest will say beside digests: names of files, facts and options."""
+    files = tuple(WrittenFile(name, len(text), "") for name, text in prepared.texts.items())
+    source = describe_source(prepared.checkpoint, prepared.code_commits, inputs, report)
+    manifest = Manifest(files, source, content_options(options), versions={}, checks=())
+    require_no_credentials({MANIFEST_NAME: manifest.dump()}, known_tokens(options.auth_token))
 
 
 @contextmanager

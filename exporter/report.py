@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import __version__
+from exporter.credentials import redact_values
 from exporter.errors import OutputError
 from exporter.verify import Check
 
@@ -73,6 +74,13 @@ class Report:
         """Record how the run ended."""
         self.status = "failed"
         self.error = {"code": code, "kind": kind, "message": message, "hint": hint}
+
+    def redact(self, tokens: Iterable[str]) -> None:
+        """Take every credential out of what the checkpoint and the options said, and ``tokens``: what was refused for
+        them says so, not them."""
+        known = tuple(tokens)
+        for name in ("checkpoint", "output", "tensors", "vocabulary", "hub"):
+            setattr(self, name, redact_values(getattr(self, name), known))
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from exporter.cli import main
 from exporter.console import Console
 from exporter.credentials import find_credentials, redact, require_no_credentials
 from exporter.errors import CheckpointError, RefusedError, VerificationError
@@ -186,6 +188,27 @@ def test_an_export_refuses_a_credential_in_what_the_user_gives(tmp_path: Path, e
         export(LLAMA.checkpoint, train_command=f"HF_TOKEN={PLANTED['hub']} deepspeed train.py")
     with pytest.raises(RefusedError, match=r"--commit_message holds"):
         export(LLAMA.checkpoint, commit_message=PLANTED["hub"])
+
+
+def test_an_export_refuses_a_credential_that_only_the_manifest_would_show(tmp_path: Path, export: Export) -> None:
+    template = tmp_path / f"{PLANTED['github']}.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(RefusedError, match=r"export\.json holds a GitHub token"):
+        export(LLAMA.checkpoint, prompt_format=str(template))
+    folder, tag = Case("llama-zero2").copy(tmp_path), PLANTED["gitlab"]
+    (folder / (folder / "latest").read_text().strip()).rename(folder / tag)
+    (folder / "latest").write_text(tag)
+    with pytest.raises(RefusedError, match=r"export\.json holds a GitLab token"):
+        export(folder)
+
+
+def test_the_report_of_a_refused_run_does_not_hold_what_it_was_refused_for(tmp_path: Path) -> None:
+    report, secret = tmp_path / "report.json", PLANTED["github"]
+    arguments = [str(LLAMA.checkpoint), "--dry_run", "--special_token", secret, "--report", str(report), "--json"]
+    result = CliRunner().invoke(main, ["export", *arguments])
+    assert result.exit_code == 4
+    assert json.loads(report.read_text())["vocabulary"]["added"][-1] == "<redacted>"
+    assert secret not in report.read_text() + result.output
 
 
 def test_only_the_files_of_an_export_are_published(tmp_path: Path, export: Export) -> None:
