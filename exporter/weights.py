@@ -163,11 +163,18 @@ def grow(
 
     Raises:
         CheckpointError: there is no row for the eos token, which nobody added.
-        RefusedError: a tensor depends on the vocabulary in another way than with a row for each id, or the embedding
-            has too few rows for tokens that nobody added.
+        RefusedError: a tensor depends on the vocabulary in another way than with a row for each id, the embedding has
+            too few rows for tokens that nobody added, or the class does not say which tensor the embedding is.
     """
     embedding = weights.get(architecture.input_embedding or "")
     if embedding is None:
+        known = vocabulary_rows(config)
+        if vocabulary.added or (known is not None and vocabulary.size > known):
+            raise RefusedError(
+                f"{architecture.class_name} does not say which tensor its input embedding is, so that nothing shows a "
+                f"row for each of the tokenizer's {vocabulary.size} tokens.",
+                "Keep the tokenizer that the model was trained with, with --prompt_format none.",
+            )
         return dict(weights), None
     old = embedding.shape[0]
     if vocabulary.ordinary_size > old:

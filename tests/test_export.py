@@ -130,6 +130,21 @@ def test_a_tensor_that_cannot_grow_with_the_vocabulary_is_refused(export: Export
         export(Case("custom-zero2").checkpoint, trust_remote_code=True, prompt_format="oasst")
 
 
+@pytest.mark.parametrize("body", ["raise NotImplementedError", "return self.nothing"])
+def test_tokens_are_added_only_where_the_class_says_what_the_embedding_is(
+    body: str, export: Export, tmp_path: Path
+) -> None:
+    checkpoint = Case("custom-zero2").copy(tmp_path / "copy")
+    code = (checkpoint / "modeling_tiny.py").read_text()
+    getter = "def get_input_embeddings(self) -> nn.Module:\n        "
+    assert f"{getter}return self.embed" in code
+    (checkpoint / "modeling_tiny.py").write_text(code.replace(f"{getter}return self.embed", getter + body))
+    with pytest.raises(RefusedError, match="does not say which tensor its input embedding is"):
+        export(checkpoint, trust_remote_code=True, prompt_format="oasst")
+    _, report = export(checkpoint, trust_remote_code=True, prompt_format="none")
+    assert report["vocabulary"]["rows"] is None
+
+
 def test_more_layers_than_tensors_are_refused_before_they_are_built(export: Export, tmp_path: Path) -> None:
     checkpoint = Case("llama-zero3").copy(tmp_path / "copy")
     config = json.loads((checkpoint / "config.json").read_text())

@@ -94,7 +94,7 @@ def _input_embedding(model: Any, disk: Mapping[str, Origin]) -> str | None:
     """The name on disk of the input embedding; None for a model that has none."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # what the library's, and custom, classes without one raise
         return None
     names = {name for name, own in model.named_parameters(remove_duplicate=False) if own is weight}
     return next((name for name, origin in disk.items() if origin.name in names), None)
