@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,8 +106,8 @@ def staging_folder(place: Path, key: str, needed: int, sources: Mapping[str, Pat
     """The staging of the export that goes to ``place``, with what an interrupted run with the same ``key`` left.
 
     ``needed`` is the number of bytes that the whole export takes there, ``sources`` are the files that it is made from,
-    by name. At the end the staging goes away, unless the
-    run ended in a way that another one can finish. Parents that had to be made go away where they stay empty.
+    by name. At the end the staging goes away, unless the run ended in a way that another one can finish. Parents that
+    had to be made go away where they stay empty.
 
     Raises:
         OutputError: another process exports to the same place, the staging cannot be made, or the disk has too little
@@ -120,17 +120,16 @@ def staging_folder(place: Path, key: str, needed: int, sources: Mapping[str, Pat
             staging = _open(place, partial, key, sources)
         except OSError as error:
             raise _no_staging(error) from error
+        is_resumable = False
         try:
             _require_room(place.parent, needed - staging.journal.finished_bytes)
             yield staging
         except _RESUMABLE:
-            if not staging.journal.finished_bytes:
+            is_resumable = staging.journal.finished_bytes > 0
+            raise
+        finally:
+            if not is_resumable:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _open(place: Path, partial: Path, key: str, sources: Mapping[str, Path]) -> Staging:
@@ -190,15 +189,14 @@ def _locked(place: Path) -> Iterator[None]:
 def _take_lock(path: Path, name: str) -> int:
     try:
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            try:
+            with ExitStack() as stack:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    stack.pop_all()
                     return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)  # its holder finished, and removed it, while we opened it
+                # Its holder finished, and removed it, while we opened it.
     except BlockingIOError as error:
         raise OutputError(
             f"Another process exports to {name} at this moment.", "Wait for it, or name another --output_folder."
@@ -264,11 +262,10 @@ def _replace(folder: Path, output: Path) -> None:
         return
     earlier = folder.with_name("earlier")
     os.rename(output, earlier)
-    try:
+    with ExitStack() as undo:
+        undo.callback(os.rename, earlier, output)
         os.rename(folder, output)
-    except BaseException:
-        os.rename(earlier, output)
-        raise
+        undo.pop_all()
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -102,10 +102,9 @@ def write_shards(
                         _send_ahead(push, finished[-1], staging, options)
                         advance(finished[-1].file.size)
                     running.update(start(1))
-        except BaseException:
+        finally:  # where a shard failed, or the run was interrupted, the others stop at their next block
             stopped.set()
             pool.shutdown(cancel_futures=True)
-            raise
     return sorted(finished, key=lambda written: written.file.path)
 
 
