@@ -25,6 +25,7 @@ from exporter.errors import ExportError
 
 if TYPE_CHECKING:
     from exporter.console import Console
+    from exporter.options import Options
     from exporter.report import Report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -243,9 +244,8 @@ def export(ctx: click.Context, /, **values: Any) -> None:
     with ending(values["report"], values["as_json"], values["auth_token"]) as report:
         from exporter.console import Console
         from exporter.export import run_export
-        from exporter.options import Options
 
-        options = _options(Options, ctx, values)
+        options = _options(ctx, values)
         console = Console(values["quiet"])
         _warn_of_token(ctx, console)
         run_export(options, report, console)
@@ -327,11 +327,11 @@ def publish(ctx: click.Context, /, report: Path | None, as_json: bool, quiet: bo
     _require_report_outside(report, values["folder"], "FOLDER")
     with ending(report, as_json, values["auth_token"]) as findings:
         from exporter.console import Console
-        from exporter.release import ReleaseOptions, run_publish
+        from exporter.release import PublishOptions, run_publish
 
         console = Console(quiet)
         _warn_of_token(ctx, console)
-        run_publish(ReleaseOptions(**values), findings, console)
+        run_publish(PublishOptions(**values), findings, console)
     _print_result(findings, as_json, _release_lines)
 
 
@@ -357,7 +357,8 @@ def _warn_of_token(ctx: click.Context, console: Console) -> None:
         console.warn("--auth_token can be read by other users of this machine; HF_TOKEN or the saved login cannot.")
 
 
-def _options(kind: type[Any], ctx: click.Context, values: dict[str, Any]) -> Any:
+def _options(ctx: click.Context, values: dict[str, Any]) -> Options:
+    from exporter.options import Options
     from exporter.plan import parse_size
 
     fields = {name: value for name, value in values.items() if name not in ("report", "as_json", "quiet")}
@@ -365,7 +366,7 @@ def _options(kind: type[Any], ctx: click.Context, values: dict[str, Any]) -> Any
     fields["max_shard_size"] = parse_size(fields["max_shard_size"])
     for name in ("special_tokens", "languages", "datasets", "training_configs"):
         fields[name] = tuple(fields[name])
-    return kind(**fields, command=_card_command(ctx))
+    return Options(**fields, command=_card_command(ctx))
 
 
 def _card_command(ctx: click.Context) -> str:

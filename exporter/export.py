@@ -38,7 +38,7 @@ def run_export(options: Options, report: Report, console: Console) -> None:
     Raises:
         ExportError: as the stages raise it; nothing half-made is left behind or published.
     """
-    destination = options.destination if options.repo_name is not None else None
+    destination = options.destination(options.repo_name) if options.repo_name is not None else None
     if options.no_publish and options.output_folder is None and not options.dry_run:
         raise UsageError("--no_publish leaves nothing behind without a folder.", "Add --output_folder.")
     _require_compatible(options)
@@ -118,11 +118,15 @@ def _uncollected() -> Iterator[None]:
 
 
 def _place(options: Options) -> Path:
-    """Where the export goes; without an output folder a place of its own for the same checkpoint and options."""
+    """Where the export goes; without an output folder a place of its own for the same checkpoint, options and Hub."""
+    from huggingface_hub import constants
+
     if options.output_folder is not None:
         return options.output_folder
-    made_from = (os.path.realpath(options.checkpoint), options.tag, options.repo_name, content_options(options))
-    return private_place(hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16])
+    checkpoint = Path(os.path.realpath(options.checkpoint))
+    where = (constants.ENDPOINT, options.revision, options.create_pr, options.rehearse)
+    made_from = json.dumps((str(checkpoint), options.tag, where, content_options(options)))
+    return private_place(f"{checkpoint.name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}")
 
 
 def _staging_key(prepared: Prepared, inputs: Inputs, options: Options) -> str:

@@ -13,8 +13,36 @@ from exporter.tensors import DType
 TARGETS = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "keep": None}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleaseOptions:
+    """Where and how a release is committed."""
+
+    hf_repo_name: str | None = None
+    auth_token: str | None = None
+    private: bool = True
+    revision: str = "main"
+    create_pr: bool = False
+    release_tag: str | None = None
+    commit_message: str | None = None
+
+    def destination(self, repo_id: str) -> Destination:
+        """The repository ``repo_id``, and the way to commit to it.
+
+        Raises:
+            UsageError: the options contradict each other, or name what cannot be.
+        """
+        return Destination(
+            repo_id=repo_id,
+            revision=self.revision,
+            private=self.private,
+            create_pr=self.create_pr,
+            release_tag=self.release_tag,
+            commit_message=self.commit_message,
+        )
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(ReleaseOptions):
     """What the user asked for. ``command`` is how the card shows it; ``max_shard_size`` is in bytes."""
 
     checkpoint: Path
@@ -37,13 +65,6 @@ class Options:
     card_template: Path | None = None
     training_configs: tuple[Path, ...] = ()
     train_command: str | None = None
-    hf_repo_name: str | None = None
-    auth_token: str | None = None
-    private: bool = True
-    revision: str = "main"
-    create_pr: bool = False
-    release_tag: str | None = None
-    commit_message: str | None = None
     rehearse: bool = False
     no_publish: bool = False
     output_folder: Path | None = None
@@ -72,17 +93,6 @@ class Options:
     @property
     def publishes(self) -> bool:
         return self.hf_repo_name is not None and not self.no_publish and not self.rehearse
-
-    @property
-    def destination(self) -> Destination:
-        return Destination(
-            repo_id=self.repo_name or "",
-            revision=self.revision,
-            private=self.private,
-            create_pr=self.create_pr,
-            release_tag=self.release_tag,
-            commit_message=self.commit_message,
-        )
 
 
 def content_options(options: Options) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from exporter.checkpoints.folder import read_json, regular_size
 from exporter.console import Console
 from exporter.credentials import require_no_credentials
 from exporter.errors import UsageError
-from exporter.hub import Destination, Push, connect, known_tokens
+from exporter.hub import Push, connect, known_tokens
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
+from exporter.options import ReleaseOptions
 from exporter.proof import check_files
 from exporter.publisher import finish_push
 from exporter.report import Report
@@ -20,20 +21,13 @@ from exporter.shards import WrittenFile
 
 
 @dataclass(frozen=True)
-class ReleaseOptions:
+class PublishOptions(ReleaseOptions):
     """The folder, and where and how to commit it; ``hf_repo_name`` None means the name in its manifest."""
 
     folder: Path
-    hf_repo_name: str | None = None
-    auth_token: str | None = None
-    private: bool = True
-    revision: str = "main"
-    create_pr: bool = False
-    release_tag: str | None = None
-    commit_message: str | None = None
 
 
-def run_publish(options: ReleaseOptions, report: Report, console: Console) -> None:
+def run_publish(options: PublishOptions, report: Report, console: Console) -> None:
     """Publish ``options.folder`` as it stands.
 
     Raises:
@@ -47,14 +41,7 @@ def run_publish(options: ReleaseOptions, report: Report, console: Console) -> No
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
         report.checks.append(check_files(options.folder))
-    destination = Destination(
-        repo_id=_repository(options),
-        revision=options.revision,
-        private=options.private,
-        create_pr=options.create_pr,
-        release_tag=options.release_tag,
-        commit_message=options.commit_message,
-    )
+    destination = options.destination(_repository(options))
     manifest = (options.folder / MANIFEST_NAME).read_bytes()
     own = WrittenFile(MANIFEST_NAME, len(manifest), hashlib.sha256(manifest).hexdigest())
     files = [*read_manifest_files(options.folder), own]
@@ -65,7 +52,7 @@ def run_publish(options: ReleaseOptions, report: Report, console: Console) -> No
     finish_push(Push(connection, note=console.note), options.folder, files, report, console)
 
 
-def _texts(options: ReleaseOptions, files: Sequence[WrittenFile]) -> dict[str, bytes]:
+def _texts(options: PublishOptions, files: Sequence[WrittenFile]) -> dict[str, bytes]:
     """What is published but the weights."""
     given = {"--commit_message": options.commit_message.encode()} if options.commit_message else {}
     for file in files:
@@ -75,7 +62,7 @@ def _texts(options: ReleaseOptions, files: Sequence[WrittenFile]) -> dict[str, b
     return given
 
 
-def _repository(options: ReleaseOptions) -> str:
+def _repository(options: PublishOptions) -> str:
     """The repository that the folder was exported for, which its card names."""
     made = read_json(options.folder / MANIFEST_NAME).get("options")
     name = made.get("hf_repo_name") if isinstance(made, dict) else None

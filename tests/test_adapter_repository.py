@@ -25,7 +25,7 @@ from exporter.errors import CheckpointError, ExportError, RefusedError, UsageErr
 from exporter.hub import HubAccess
 from exporter.proof import ProofOptions, run_verify
 from exporter.rehearsal import RehearsalHub
-from exporter.release import ReleaseOptions, run_publish
+from exporter.release import PublishOptions, run_publish
 from exporter.report import Report
 from tests.test_adapter import GPT2, LLAMA, Export, base_model, change, configure, write_adapter, zero
 from tests.test_source import use
@@ -144,7 +144,7 @@ def test_the_sample_code_runs_as_printed(
         transformers.AutoTokenizer.from_pretrained(LLAMA.checkpoint).save_pretrained(adapter)
     folder, _ = keep(adapter, hf_repo_name=NAME, no_publish=True, prompt_format="none")
     report = Report()
-    run_publish(ReleaseOptions(folder, auth_token=hub.token, private=False), report, Console(quiet=True))
+    run_publish(PublishOptions(folder, auth_token=hub.token, private=False), report, Console(quiet=True))
     assert report.status == "published"
     code = extract_sample_code((folder / "README.md").read_text())
     assert code

@@ -23,7 +23,7 @@ from exporter.console import Console
 from exporter.credentials import find_credentials, redact, require_no_credentials
 from exporter.errors import CheckpointError, RefusedError, VerificationError
 from exporter.rehearsal import RehearsalHub
-from exporter.release import ReleaseOptions, run_publish
+from exporter.release import PublishOptions, run_publish
 from exporter.report import Report
 from tests.conftest import ALL_CASES, Case
 
@@ -258,7 +258,7 @@ def enter_in_manifest(folder: Path, path: str, content: bytes) -> None:
 
 def publish(folder: Path, hub: RehearsalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
-    run_publish(ReleaseOptions(folder, auth_token=hub.token), Report(), Console(quiet=True))
+    run_publish(PublishOptions(folder, auth_token=hub.token), Report(), Console(quiet=True))
 
 
 def test_publish_refuses_a_credential_in_an_old_folder(

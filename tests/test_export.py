@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -410,6 +411,26 @@ def test_a_shard_makes_room_once_it_is_sent(
         assert list(tmp_path.glob("export-model-*")) == []
         folder, _ = export(checkpoint, hf_repo_name="Org/m", no_publish=True, **options)
         assert {path.name: hub.read("Org/m", path.name) for path in folder.iterdir()} == contents(folder)
+
+
+def test_the_same_export_may_go_to_two_hubs_at_once(
+    export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Push.commit
+    to_model = functools.partial(export, Case("llama-zero2").checkpoint, output_folder=None, hf_repo_name="Org/m")
+
+    def commit_to_both(push: Push, *arguments: Any) -> Any:
+        monkeypatch.setattr(Push, "commit", real)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", other.endpoint)
+        to_model(auth_token=other.token)
+        return real(push, *arguments)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with RehearsalHub(organizations=["Org"]) as hub, RehearsalHub(organizations=["Org"]) as other:
+        monkeypatch.setattr(Push, "commit", commit_to_both)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        to_model(auth_token=hub.token)
+        assert [len(each.repositories["Org/m"].history("main")) for each in (hub, other)] == [2, 2]
 
 
 def test_a_dry_run_without_a_token_does_without_the_hub_and_a_bad_token_is_told(tmp_path: Path) -> None:

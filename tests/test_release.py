@@ -11,7 +11,7 @@ import pytest
 from exporter.console import Console
 from exporter.errors import UsageError, VerificationError
 from exporter.rehearsal import RehearsalHub
-from exporter.release import ReleaseOptions, run_publish
+from exporter.release import PublishOptions, run_publish
 from exporter.report import Report
 from tests.conftest import Case
 
@@ -21,7 +21,7 @@ NAME = "Org/model"
 
 def release(folder: Path, **options: Any) -> dict[str, Any]:
     report = Report()
-    run_publish(ReleaseOptions(folder, **options), report, Console(quiet=True))
+    run_publish(PublishOptions(folder, **options), report, Console(quiet=True))
     return report.as_dict()
 
 
