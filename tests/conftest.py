@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 from exporter.console import Console
 from exporter.export import run_export
 from exporter.options import Options
+from exporter.rehearsal import RehearsalHub
 from exporter.report import Report
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -63,3 +64,15 @@ def export(tmp_path: Path) -> Callable[..., tuple[Path, dict[str, Any]]]:
         return output, report.as_dict()
 
     return run
+
+
+@pytest.fixture(params=["xet", "lfs"])
+def hub(request: pytest.FixtureRequest) -> Iterator[RehearsalHub]:
+    with RehearsalHub(xet=request.param == "xet", organizations=["org"]) as running:
+        yield running
+
+
+@pytest.fixture
+def lfs_hub() -> Iterator[RehearsalHub]:
+    with RehearsalHub(xet=False, organizations=["org"]) as running:
+        yield running

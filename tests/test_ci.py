@@ -27,7 +27,7 @@ from tests.conftest import Case
 Export = Callable[..., tuple[Path, dict[str, Any]]]
 ROOT = Path(__file__).parent.parent
 ACTION = ROOT / "action.yml"
-WORKFLOW = ROOT / "examples" / "release-model.yml"
+WORKFLOW = ROOT / "docs" / "release-model.yml"
 CHECKPOINT = Case("llama-safetensors").checkpoint
 NAME = "Org/model"
 CARD = "---\nlibrary_name: transformers\n---\n"

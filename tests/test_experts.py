@@ -50,21 +50,19 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         open_checkpoint(checkpoint)
 
 
-def test_the_expert_of_another_layer_is_found_also_where_it_was_saved_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        (EXPERT.replace("layer_1", "layer_0"), "holds an expert of another layer"),
+        (EXPERT.replace("expert_2", "expert_3"), "expected tensors of expert 2 alone"),
+    ],
+)
+def test_another_expert_is_found_also_where_it_was_saved_anew(other: str, fault: str, tmp_path: Path) -> None:
     checkpoint = EXPERTS.copy(tmp_path)
     path = checkpoint / "global_step4" / EXPERT
-    path.write_bytes(path.with_name(EXPERT.replace("layer_1", "layer_0")).read_bytes())
+    path.write_bytes(path.with_name(other).read_bytes())
     edit(path, lambda state: None)
-    with pytest.raises(CheckpointError, match="holds an expert of another layer"):
-        open_checkpoint(checkpoint)
-
-
-def test_another_expert_of_the_layer_is_found_also_where_it_was_saved_anew(tmp_path: Path) -> None:
-    checkpoint = EXPERTS.copy(tmp_path)
-    path = checkpoint / "global_step4" / EXPERT
-    path.write_bytes(path.with_name(EXPERT.replace("expert_2", "expert_3")).read_bytes())
-    edit(path, lambda state: None)
-    with pytest.raises(CheckpointError, match="expected tensors of expert 2 alone"):
+    with pytest.raises(CheckpointError, match=fault):
         open_checkpoint(checkpoint)
 
 

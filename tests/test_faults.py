@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -51,18 +51,6 @@ CARD = "---\nlibrary_name: transformers\n---\n# A model\n"
 COMMIT, XET_TOKEN = "POST */commit/*", "GET */xet-write-token/*"
 READING_BACK = ("GET */resolve/*", "GET /storage/*")
 REAL_SLEEP = time.sleep
-
-
-@pytest.fixture(params=["xet", "lfs"])
-def hub(request: pytest.FixtureRequest) -> Iterator[RehearsalHub]:
-    with RehearsalHub(xet=request.param == "xet", organizations=["org"]) as running:
-        yield running
-
-
-@pytest.fixture
-def lfs_hub() -> Iterator[RehearsalHub]:
-    with RehearsalHub(xet=False, organizations=["org"]) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

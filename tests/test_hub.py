@@ -6,7 +6,7 @@ import hashlib
 import json
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -51,18 +51,6 @@ CARD = "---\nlibrary_name: transformers\n---\n# Tiny\n"
 CHANGING = {"POST", "PUT", "DELETE", "PATCH"}
 Call = Callable[..., Any]
 ASKING = ("/api/validate-yaml", "/preupload/")
-
-
-@pytest.fixture(params=["xet", "lfs"])
-def hub(request: pytest.FixtureRequest) -> Iterator[RehearsalHub]:
-    with RehearsalHub(xet=request.param == "xet", organizations=["org"]) as running:
-        yield running
-
-
-@pytest.fixture
-def lfs_hub() -> Iterator[RehearsalHub]:
-    with RehearsalHub(xet=False, organizations=["org"]) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)
