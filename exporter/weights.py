@@ -44,7 +44,7 @@ def plan_adapter(options: Options, checkpoint: Checkpoint) -> PlannedWeights:
     """All tensors of an adapter in one file, under the names that they have."""
     config = read_config(checkpoint.config_folder, checkpoint.config_changes)
     target = TARGETS[options.dtype]
-    chosen = checkpoint.choose(options.weights, lambda name, dtype: True)
+    chosen = checkpoint.choose(options.weights, lambda: True)
     weights = checkpoint.weights(chosen)
     dtypes = {name: target if target and tensor.dtype.is_floating else tensor.dtype for name, tensor in weights.items()}
     plan = plan_file(ADAPTER_WEIGHTS, weights, dtypes, options.max_shard_size)
@@ -75,20 +75,20 @@ def plan_weights(
         checkpoint = checkpoint.renamed(name_layers(architecture, checkpoint.model or {}))
     _require_rope(options, architecture)
     target = TARGETS[options.dtype]
-    chosen = checkpoint.choose(options.weights, _exactness(architecture, target))
-    match = partial(
-        account,
-        tensors=checkpoint.weights(chosen),
-        aliases=checkpoint.aliases,
-        is_trained_alone=checkpoint.is_trained_alone,
-    )
-    matched, notes = match(architecture), list(architecture.notes)
+    match = partial(account, aliases=checkpoint.aliases, is_trained_alone=checkpoint.is_trained_alone)
+
+    def is_exact() -> bool:
+        return _is_exact(architecture, match(architecture, checkpoint.model or {}), target)
+
+    chosen = checkpoint.choose(options.weights, is_exact)
+    tensors = checkpoint.weights(chosen)
+    matched, notes = match(architecture, tensors), list(architecture.notes)
     try:
         require_equal(matched.tied_values, matched.weights)
     except RefusedError as refusal:
         config = untied(config)
         architecture = ask_architecture(config, code, trust_remote_code=options.trust_remote_code)
-        matched = match(architecture)
+        matched = match(architecture, tensors)
         require_equal(matched.tied_values, matched.weights)
         notes.append(f"{refusal.message} Both are exported, with tie_word_embeddings false.")
     weights, rows = grow(architecture, matched.weights, vocabulary, config, code, options.trust_remote_code)
@@ -130,16 +130,11 @@ def _require_plausible_size(checkpoint: Checkpoint, config: Mapping[str, Any]) -
             )
 
 
-def _exactness(architecture: Architecture, target: DType | None) -> Any:
-    def is_exact(name: str, dtype: DType) -> bool:
-        place = (
-            name
-            if name in architecture.disk
-            else next((disk for disk, origin in architecture.disk.items() if origin.name == name), None)
-        )
-        return place is None or dtype is _written_dtype(architecture, place, dtype, target)
-
-    return is_exact
+def _is_exact(architecture: Architecture, own: Account, target: DType | None) -> bool:
+    """Whether every tensor of the model's own weights already has the dtype that will be written."""
+    return all(
+        tensor.dtype is _written_dtype(architecture, name, tensor.dtype, target) for name, tensor in own.weights.items()
+    )
 
 
 def _written_dtype(architecture: Architecture, name: str, dtype: DType, target: DType | None) -> DType:

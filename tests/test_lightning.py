@@ -170,7 +170,7 @@ def test_a_folder_of_its_deepspeed_strategy_gives_the_models_weights(
         state = torch.load(path, weights_only=False)
         state |= {"pytorch-lightning_version": "2.5.0", "epoch": 0, "hyper_parameters": argparse.Namespace(lr=1)}
         torch.save(prefixed(state, prefix), path)
-    folder, report = export(checkpoint, dtype="fp32", prompt_format="none", weights="master")
+    folder, report = export(checkpoint, dtype="fp32", prompt_format="none")
     assert (report["checkpoint"]["format"], report["checkpoint"]["tag"]) == ("zero", "checkpoint")
     state = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in case.truth.items())

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from exporter.errors import CheckpointError
-from exporter.tensors import DType, LazyTensor
+from exporter.errors import CheckpointError, UsageError
+from exporter.tensors import LazyTensor
 
 WeightsChoice = Literal["auto", "master", "model"]
 
@@ -65,22 +65,19 @@ class Checkpoint:
         """NS/NAME@commit, where it comes from the Hub."""
         return f"{self.repo_id}@{self.revision}" if self.repo_id else None
 
-    def choose(self, weights: WeightsChoice, is_exact: Callable[[str, DType], bool]) -> Literal["master", "model"]:
+    def choose(self, weights: WeightsChoice, is_exact: Callable[[], bool]) -> Literal["master", "model"]:
         """Which of the two sets of weights an export reads.
 
-        auto means the model's own copy where ``is_exact(name, dtype)`` says of every tensor of it that it already has
-        the dtype that will be written, or where it is all there is; else the master weights, which are compared with
-        the copy.
+        auto means the model's own copy where it ``is_exact``, so that each tensor of it already has the dtype that will
+        be written, or where it is all there is; else the master weights, which are compared with the copy.
 
         Raises:
             CheckpointError: the chosen weights are not in the checkpoint.
         """
         if weights == "auto":
-            model = self.model or {}
             # ZeRO-3 gathers its copy into another file, which may be left over from another save: the masters decide.
-            own = bool(model) and self.zero_stage != 3 and not self.undated
-            exact = own and all(is_exact(name, tensor.dtype) for name, tensor in model.items())
-            return "model" if exact or self.master is None else "master"
+            is_dated = bool(self.model) and self.zero_stage != 3 and not self.undated
+            return "model" if self.master is None or (is_dated and is_exact()) else "master"
         if getattr(self, weights) is None:
             raise CheckpointError(
                 f"The checkpoint has no {_DESCRIPTIONS[weights]}.", "Leave --weights out to take what is there."
@@ -100,6 +97,16 @@ class Checkpoint:
         tensors = self.master if chosen == "master" else self.model
         assert tensors is not None
         return tensors
+
+
+def refuse_tag(tag: str | None, folder: Path) -> None:
+    """Only a DeepSpeed folder has tags.
+
+    Raises:
+        UsageError: one is asked for of another ``folder``.
+    """
+    if tag is not None:
+        raise UsageError(f"There is no tag {tag!r}: {folder.name} is no DeepSpeed folder.", "Leave --tag out.")
 
 
 _DESCRIPTIONS = {"master": "fp32 master weights", "model": "copy of the model's own weights"}
