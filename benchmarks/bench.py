@@ -47,14 +47,15 @@ class Best:
         """Run it once more."""
         os.sync()
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while process.poll() is None:
-            self.memory = max(self.memory, sum(map(anonymous_memory, family(process.pid))))
-            time.sleep(0.01)
-        self.seconds = min(self.seconds, time.perf_counter() - start)
-        if process.returncode:
-            assert process.stderr is not None
-            sys.exit(f"{' '.join(command)} failed:\n{process.stderr.read().decode()}")
+        with tempfile.TemporaryFile() as errors:
+            process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=errors)
+            while process.poll() is None:
+                self.memory = max(self.memory, sum(map(anonymous_memory, family(process.pid))))
+                time.sleep(0.01)
+            self.seconds = min(self.seconds, time.perf_counter() - start)
+            if process.returncode:
+                errors.seek(0)
+                sys.exit(f"{' '.join(command)} failed:\n{errors.read().decode()}")
 
 
 def family(pid: int) -> Iterator[int]:

@@ -355,7 +355,7 @@ def _is_published(name: Any) -> bool:
 
 def _is_folder(name: str, checkpoint: Path) -> bool:
     """Whether ``name`` is a folder, seen from here or from one that holds the checkpoint: there the training ran."""
-    return any((place / name).is_dir() for place in (Path(), *checkpoint.absolute().parents))
+    return any(os.path.isdir(place / name) for place in (Path(), *checkpoint.absolute().parents))
 
 
 def _is_hub_id(name: str) -> bool:

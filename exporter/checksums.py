@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 
 from exporter.errors import CheckpointError
-from exporter.tensors import BLOCK_BYTES, Member, Piece
+from exporter.tensors import DType, Extent, Member, Piece, SourceFiles
 
 _POLYNOMIAL = 0xEDB88320
 """The CRC-32 polynomial of zip archives, bits reversed."""
@@ -40,21 +40,20 @@ def _checksum(member: Member, pieces: Iterable[Piece]) -> int:
     for piece in sorted(set(pieces), key=lambda piece: piece.offset):
         if piece.offset < position:
             return _crc_of_file(member, member.offset, member.nbytes)
-        gap = piece.offset - position
-        total = combine(total, _crc_of_file(member, position, gap), gap)
+        if gap := piece.offset - position:
+            total = combine(total, _crc_of_file(member, position, gap), gap)
         total = combine(total, piece.crc32, piece.nbytes)
         position = piece.offset + piece.nbytes
-    rest = member.offset + member.nbytes - position
-    return combine(total, _crc_of_file(member, position, rest), rest)
+    if rest := member.offset + member.nbytes - position:
+        total = combine(total, _crc_of_file(member, position, rest), rest)
+    return total
 
 
 def _crc_of_file(member: Member, offset: int, nbytes: int) -> int:
     crc = 0
-    with member.path.open("rb") as file:
-        file.seek(offset)
-        while nbytes and (block := file.read(min(nbytes, BLOCK_BYTES))):
-            crc = zlib.crc32(block, crc)
-            nbytes -= len(block)
+    with SourceFiles(checksums=False) as files:
+        for block in files.blocks(Extent(member.path, offset, DType.U8, nbytes)):
+            crc = zlib.crc32(memoryview(block.numpy()), crc)
     return crc
 
 

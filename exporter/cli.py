@@ -300,7 +300,7 @@ def verify(
 
     NAMESPACE/NAME[@REVISION] instead of FOLDER proves what is published there, without downloading weights.
     """
-    published = _PUBLISHED.fullmatch(str(folder)) if not folder.exists() else None
+    published = _PUBLISHED.fullmatch(str(folder)) if not os.path.exists(folder) else None
     if published and (checkpoint or load):
         raise click.UsageError("--checkpoint and --load need a folder: download the repository first.")
     _require_report_outside(report, folder, "FOLDER")
@@ -397,7 +397,7 @@ def _position(ctx: click.Context) -> Callable[[click.Parameter], int]:
 
 def _card_words(parameter: click.Parameter, value: Any) -> str:
     if parameter.name == "checkpoint":
-        return "<output_path>" if value.exists() else str(value)
+        return "<output_path>" if os.path.exists(value) else str(value)
     if parameter.name == "auth_token":
         return "--auth_token <auth_token>"
     if parameter.name in NOT_ON_CARD or value is None or value is False:

@@ -8,6 +8,7 @@ config.json, or in another repository (``other/repo--module.Class``), with what 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -95,7 +96,7 @@ def named_modules(folder: Path) -> Iterator[Module]:
         for part in _parts(document):
             modules += _part_modules(file, part)
         for module in modules:
-            yield replace(module, repository=None) if (folder / module.file).exists() else module
+            yield replace(module, repository=None) if os.path.exists(folder / module.file) else module
 
 
 def imports(file: str, content: bytes) -> list[str]:
@@ -192,7 +193,7 @@ def _read(folder: Path, module: Module, elsewhere: Elsewhere | None) -> bytes:
     if module.repository is not None:
         return _read_elsewhere(module, module.repository, elsewhere)
     path = folder / module.file
-    if not path.exists():
+    if not os.path.exists(path):
         raise RefusedError(f"{module.reason}, but {module.file} is not beside config.json.", _COPY)
     _require_module_size(module.file, regular_size(path))
     return path.read_bytes()

@@ -100,7 +100,7 @@ def find_credentials(content: bytes, tokens: Iterable[str] = ()) -> Iterator[Fin
     """The credentials in ``content``, at most one of each kind, and ``tokens`` themselves, whatever form they have."""
     known = False
     for token in tokens:
-        start = content.find(token.encode())
+        start = content.find(token.encode(errors="surrogateescape"))
         if len(token) >= SHORTEST_TOKEN and start >= 0:
             yield _finding("the token of this run", content, start, start + len(token))
     for form in _FORMS:
@@ -142,14 +142,14 @@ def require_no_credentials(texts: Mapping[str, bytes], tokens: Iterable[str] = (
 
 def redact(text: str, tokens: Iterable[str] = ()) -> str:
     """``text`` with every credential in it, and with ``tokens``, taken out."""
-    content = text.encode(errors="surrogateescape")
+    content = text.encode(errors="surrogatepass")
     for token in tokens:
         if len(token) >= SHORTEST_TOKEN:
-            content = content.replace(token.encode(), REDACTED)
+            content = content.replace(token.encode(errors="surrogatepass"), REDACTED)
     for form in _FORMS:
-        for found in reversed(list(_matches(form, content))):
-            content = content[: found.start()] + REDACTED + content[found.end() :]
-    return content.decode(errors="surrogateescape")
+        if any(mark in content for mark in form.marks):
+            content = form.pattern.sub(REDACTED, content)
+    return content.decode(errors="surrogatepass")
 
 
 def redact_values(value: Any, tokens: Iterable[str] = ()) -> Any:

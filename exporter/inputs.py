@@ -65,7 +65,7 @@ class Inputs:
             try:
                 status = path.stat()
                 same = (status.st_size, status.st_mtime_ns) == (before.size, before.modified_ns)
-            except FileNotFoundError:
+            except OSError:
                 same = False
             if not same:
                 raise CheckpointError(
@@ -82,9 +82,14 @@ def _name(path: Path, checkpoint: Checkpoint) -> str:
 
 
 def _look(path: Path, name: str) -> InputFile:
-    status = path.stat()
-    with path.open("rb") as file:
-        start = file.read(_FINGERPRINT_BYTES)
-        file.seek(max(status.st_size - _FINGERPRINT_BYTES, len(start)))
-        fingerprint = hashlib.sha256(start + file.read()).hexdigest()
+    try:
+        status = path.stat()
+        with path.open("rb") as file:
+            start = file.read(_FINGERPRINT_BYTES)
+            file.seek(max(status.st_size - _FINGERPRINT_BYTES, len(start)))
+            fingerprint = hashlib.sha256(start + file.read()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} cannot be read any more: {error.strerror}.", "Export a checkpoint that nothing removes."
+        ) from error
     return InputFile(name, status.st_size, fingerprint, status.st_mtime_ns)

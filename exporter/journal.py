@@ -11,7 +11,7 @@ from typing import Any
 
 from exporter.errors import VerificationError
 from exporter.plan import Shard
-from exporter.shards import NonFinite, WrittenFile, WrittenShard
+from exporter.shards import NonFinite, WrittenFile, WrittenShard, write_file
 from exporter.tensors import Member, Piece
 from exporter.verify import check_file
 
@@ -52,10 +52,7 @@ class Journal:
         """Record a shard that is on the disk and proven."""
         record = self._record(written.file.path)
         temporary = record.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(_dump(written, {path: name for name, path in self.sources.items()}))
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(temporary.name, _dump(written, {path: name for name, path in self.sources.items()}), self.records)
         os.replace(temporary, record)
 
     def remove(self, written: WrittenShard) -> None:

@@ -47,16 +47,24 @@ def read_manifest_files(folder: Path) -> tuple[WrittenFile, ...]:
     if not path.exists():
         raise VerificationError(f"{folder.name} has no {MANIFEST_NAME}.", "Name a folder that this program exported.")
     try:
-        return tuple(
-            WrittenFile(_inside(str(entry["path"])), int(entry["size"]), str(entry["sha256"]))
-            for entry in read_json(path)["files"]
-        )
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        return listed_files(read_json(path))
+    except (CheckpointError, ValueError) as error:
         raise VerificationError(f"{MANIFEST_NAME} is not a manifest of this program.", "Export again.") from error
 
 
+def listed_files(manifest: Any) -> tuple[WrittenFile, ...]:
+    """The files that a manifest lists. Raises ValueError if it is not one."""
+    try:
+        return tuple(
+            WrittenFile(_inside(str(entry["path"])), int(entry["size"]), str(entry["sha256"]))
+            for entry in manifest["files"]
+        )
+    except (KeyError, TypeError, OverflowError) as error:
+        raise ValueError("it lists no files") from error
+
+
 def _inside(path: str) -> str:
-    """``path`` as it stands. Raises ValueError if it leaves the folder, and so may name what nobody exported."""
-    if path.startswith("/") or ".." in path.split("/"):
+    """``path`` as it stands. Raises ValueError if no file of the folder can have it, and so it may name another."""
+    if path.startswith("/") or b"\0" in path.encode() or ".." in path.split("/"):
         raise ValueError(f"{path} is outside of the folder")
     return path

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from exporter.checkpoints.folder import read_json
 from exporter.code import localize
+from exporter.config import dump_json
 
 PROCESSOR_FILES = (
     "processor_config.json",
@@ -34,7 +34,7 @@ def _read(path: Path) -> bytes:
     edited = _portable(document)
     if edited == document:
         return path.read_bytes()
-    return (json.dumps(edited, indent=2) + "\n").encode()
+    return dump_json(edited)
 
 
 def _portable(value: Any) -> Any:

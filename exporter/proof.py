@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from exporter.checkpoints import WeightsChoice
 from exporter.checkpoints.adapter import is_adapter
 from exporter.checkpoints.folder import read_json
 from exporter.code import read_code
@@ -17,7 +19,7 @@ from exporter.facts import prompt_of
 from exporter.hub import HubAccess, prove_published
 from exporter.inspection import describe
 from exporter.manifest import MANIFEST_NAME, read_manifest_files
-from exporter.options import Options
+from exporter.options import TARGETS, Options
 from exporter.preparation import open_with_config
 from exporter.report import Report
 from exporter.source import open_kept_adapter
@@ -49,7 +51,7 @@ def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
         VerificationError: a file is not what the manifest says, or a tensor not what the checkpoint says.
         CheckpointError: the checkpoint cannot be read.
     """
-    if not options.folder.is_dir():
+    if not os.path.isdir(options.folder):
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
         report.checks.append(check_files(options.folder))
@@ -148,7 +150,7 @@ def _check_source(options: ProofOptions, path: Path, report: Report, console: Co
 
 def _recorded(path: Path, source: Mapping[str, Any]) -> Path:
     """``path``; of a model on the Hub the commit that was exported, where no revision is given."""
-    is_same = str(path) == source.get("repo_id") and not path.exists()
+    is_same = str(path) == source.get("repo_id") and not os.path.exists(path)
     return Path(f"{path}@{source.get('revision')}") if is_same else path
 
 
@@ -168,7 +170,9 @@ def _export_options(options: ProofOptions, path: Path) -> Options:
             weights=source["weights"],
             max_shard_size=int(made["max_shard_size"]),
         )
-    except (KeyError, ValueError) as error:
+        if same.dtype not in TARGETS or same.weights not in get_args(WeightsChoice):
+            raise ValueError("it names another dtype or set of weights than this program has")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise VerificationError(f"{MANIFEST_NAME} does not say how the export was made.", "Export again.") from error
     if bool(made.get("rl_checkpoint")) != bool(options.rl_checkpoint):
         how = (

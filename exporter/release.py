@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_publish(options: PublishOptions, report: Report, console: Console) -> No
         CheckpointError: a file is a link that leaves the folder.
         CredentialError, HubRefusedError, HubUnreachableError: as the Hub answers.
     """
-    if not options.folder.is_dir():
+    if not os.path.isdir(options.folder):
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
         report.checks.append(check_files(options.folder))
@@ -45,8 +46,9 @@ def run_publish(options: PublishOptions, report: Report, console: Console) -> No
     manifest = (options.folder / MANIFEST_NAME).read_bytes()
     own = WrittenFile(MANIFEST_NAME, len(manifest), hashlib.sha256(manifest).hexdigest())
     files = [*read_manifest_files(options.folder), own]
-    require_no_credentials(_texts(options, files), known_tokens(options.auth_token))
-    card = (options.folder / "README.md").read_text(encoding="utf-8")
+    texts = _texts(options, files)
+    require_no_credentials(texts, known_tokens(options.auth_token))
+    card = texts["README.md"].decode() if "README.md" in texts else None
     with report.timed("connect"):
         connection = connect(destination, token=options.auth_token, card=card, note=console.note)
     finish_push(Push(connection, note=console.note), options.folder, files, report, console)

@@ -98,7 +98,8 @@ class Report:
         }
 
     def dump(self) -> str:
-        return json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False)
+        return text.encode(errors="backslashreplace").decode()  # of half a surrogate pair that is its escape in JSON
 
     def write(self, path: Path) -> None:
         """Write the report to ``path``, in place of an earlier one, in one step; of a link, where it leads.
@@ -107,7 +108,7 @@ class Report:
             OutputError: it cannot be written there, or a device or pipe is there, which nothing may replace.
         """
         path = Path(os.path.realpath(path))
-        if path.exists() and not path.is_file():
+        if os.path.exists(path) and not path.is_file():
             raise OutputError(
                 f"The report cannot be written: {path.name} is no regular file.",
                 "Name a --report file; --json prints the report.",

@@ -181,12 +181,12 @@ def _read_back(file: BinaryIO, name: str, nbytes: int, crc32: int, digest: hashl
             digest.update(block)
             nbytes -= len(block)
     except OSError as error:
-        raise VerificationError(f"{name} cannot be read: {error.strerror}.", _DISK_HINT) from error
+        raise VerificationError(f"{name} cannot be read: {error.strerror}.", DISK_HINT) from error
     if nbytes or crc != crc32:
-        raise VerificationError(f"{name} does not give back the bytes that were written to it.", _DISK_HINT)
+        raise VerificationError(f"{name} does not give back the bytes that were written to it.", DISK_HINT)
 
 
-_DISK_HINT = "Nothing was published. Check the disk, and export again."
+DISK_HINT = "Nothing was published. Check the disk, and export again."
 
 
 def _merge(written: _WrittenBatch, nonfinite: dict[str, NonFinite], pieces: dict[Member, set[Piece]]) -> None:

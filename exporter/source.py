@@ -172,14 +172,18 @@ class CodeElsewhere:
             UsageError: there is no such repository, as far as the token may see.
             RefusedError: the repository has no such file.
         """
+        missing = RefusedError(
+            f"The code of {repository} needs {file}, which that repository does not have.",
+            "Copy the code beside config.json, with the modules that it imports.",
+        )
         if repository not in self._checkouts:
-            self._checkouts[repository] = check_out(ModelId(repository), self.access, file)
+            try:
+                self._checkouts[repository] = check_out(ModelId(repository), self.access, file)
+            except CheckpointError as error:
+                raise missing from error
             self.console.note(f"The code of {repository} is published too, as of {self._checkouts[repository].commit}.")
         checkout = self._checkouts[repository]
         if file not in checkout.files:
-            raise RefusedError(
-                f"The code of {repository} needs {file}, which that repository does not have.",
-                "Copy the code beside config.json, with the modules that it imports.",
-            )
+            raise missing
         checkout.fetch([file])
         return (checkout.folder / file).read_bytes()

@@ -139,7 +139,7 @@ def _open(place: Path, partial: Path, key: str, sources: Mapping[str, Path]) -> 
     if earlier.exists() and not place.exists():
         os.rename(earlier, place)  # a run ended between the two renames with which it was replaced
     staging = Staging(partial / "export", Journal(partial / "finished", partial / "export", sources))
-    if not (_read(partial / "key") == key and staging.folder.is_dir() and staging.journal.records.is_dir()):
+    if not (_read(partial / "key") == key.encode() and staging.folder.is_dir() and staging.journal.records.is_dir()):
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(0o700)
@@ -170,8 +170,8 @@ def _require_own(folder: Path, hint: str) -> None:
         raise OutputError(f"{folder.name} is there, and is no folder that you made.", hint)
 
 
-def _read(path: Path) -> str | None:
-    return path.read_text() if path.is_file() else None
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 @contextmanager

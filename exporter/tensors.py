@@ -16,7 +16,6 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -244,15 +243,13 @@ class StridedTensor(LazyTensor):
             return
         for _ in files.blocks(self.storage):
             pass  # in the order of the file, for its checksum
-        with _mapped(self.storage) as storage:
-            view = torch.as_strided(storage, self.shape or (1,), self.stride or (1,))
-            rows = max(BLOCK_BYTES // (view[:1].numel() * self.dtype.itemsize), 1)
-            for part in view.split(rows):
-                yield from part.flatten().split(BLOCK_BYTES // self.dtype.itemsize)
+        view = torch.as_strided(_mapped(self.storage), self.shape or (1,), self.stride or (1,))
+        rows = max(BLOCK_BYTES // (view[:1].numel() * self.dtype.itemsize), 1)
+        for part in view.split(rows):
+            yield from part.flatten().split(BLOCK_BYTES // self.dtype.itemsize)
 
 
-@contextmanager
-def _mapped(extent: Extent) -> Iterator[torch.Tensor]:
+def _mapped(extent: Extent) -> torch.Tensor:
     """The elements of ``extent``, one-dimensional, mapped from the file: they are read where they are asked for.
 
     Raises:
@@ -268,7 +265,7 @@ def _mapped(extent: Extent) -> Iterator[torch.Tensor]:
             f"{extent.path.name} cannot be mapped into memory: {error}.",
             "Copy it to a local disk, or save it again with contiguous tensors.",
         ) from error
-    yield torch.from_numpy(mapped).view(extent.dtype.torch)
+    return torch.from_numpy(mapped).view(extent.dtype.torch)
 
 
 @dataclass(frozen=True)
@@ -386,11 +383,11 @@ class SourceFiles:
             self.pieces.setdefault(extent.member, set()).add(Piece(extent.offset, extent.nbytes, crc))
 
     def _read(self, path: Path, offset: int, into: memoryview) -> None:
-        if path not in self._descriptors:
-            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         done = 0
         while done < len(into):
             try:
+                if path not in self._descriptors:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 count = os.preadv(self._descriptors[path], [into[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(
@@ -405,6 +402,40 @@ class SourceFiles:
             done += count
 
 
+def is_same(tensor: LazyTensor, other: LazyTensor | None) -> bool:
+    """Whether both have the same elements, bit for bit, in the same dtype."""
+    if tensor == other:
+        return True
+    if other is None or (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+        return False
+    with SourceFiles() as mine, SourceFiles() as theirs:
+        return same_bits(tensor.blocks(mine), other.blocks(theirs))
+
+
+def same_bits(first: Iterator[torch.Tensor], second: Iterator[torch.Tensor]) -> bool:
+    """Whether two streams of blocks hold the same bytes, wherever the borders of their blocks are."""
+    import torch
+
+    nothing = torch.empty(0, dtype=torch.uint8)
+    mine = theirs = nothing
+    while True:
+        mine = mine if mine.numel() else bits(next(first, nothing))
+        theirs = theirs if theirs.numel() else bits(next(second, nothing))
+        count = min(mine.numel(), theirs.numel())
+        if count == 0:
+            return bool(mine.numel() == theirs.numel())
+        if not torch.equal(mine[:count], theirs[:count]):
+            return False
+        mine, theirs = mine[count:], theirs[count:]
+
+
+def bits(block: torch.Tensor) -> torch.Tensor:
+    """The bytes of a block, as uint8."""
+    import torch
+
+    return block.contiguous().view(torch.uint8)
+
+
 def start_alike(master: LazyTensor, copy: LazyTensor) -> bool:
     """Whether the first elements of ``master``, cast to the dtype of ``copy``, are bit for bit those of ``copy``.
 
@@ -414,14 +445,18 @@ def start_alike(master: LazyTensor, copy: LazyTensor) -> bool:
 
     count = min(master.numel, copy.numel, SAMPLE_ELEMENTS)
     first, second = _first(master, count).to(copy.dtype.torch), _first(copy, count)
-    return bool(torch.equal(first.view(torch.uint8), second.view(torch.uint8)))
+    return bool(torch.equal(bits(first), bits(second)))
 
 
 def _first(tensor: LazyTensor, count: int) -> torch.Tensor:
     """The first ``count`` elements."""
     import torch
 
-    part = tensor.slice(0, (count,)) if isinstance(tensor, StoredTensor) else tensor
+    blocks = [torch.empty(0, dtype=tensor.dtype.torch)]
     with SourceFiles() as files:
-        blocks = [block.clone() for block in itertools.islice(part.blocks(files), count)]
-    return torch.cat(blocks)[:count] if blocks else torch.empty(0, dtype=tensor.dtype.torch)
+        for block in tensor.blocks(files) if count else ():
+            blocks.append(block[:count].clone())
+            count -= len(blocks[-1])
+            if not count:
+                break
+    return torch.cat(blocks)

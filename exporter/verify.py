@@ -21,17 +21,15 @@ from exporter.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from exporter.checkpoints.adapter import is_adapter
 from exporter.checkpoints.folder import read_json
 from exporter.checkpoints.pretrained import is_pretrained
-from exporter.errors import CheckpointError, RefusedError, VerificationError
+from exporter.errors import CheckpointError, ExportError, RefusedError, VerificationError
 from exporter.hub import ModelId, find_in_cache
 from exporter.plan import PlannedTensor, Shard
 from exporter.processor import PROCESSOR_FILES
-from exporter.shards import Batch, Portion, Progress, WrittenFile, batches, cast_blocks
-from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles
+from exporter.shards import DISK_HINT, Batch, Portion, Progress, WrittenFile, batches, cast_blocks
+from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles, bits, is_same, same_bits
 
 if TYPE_CHECKING:
     import torch
-
-_HINT = "Nothing was published. Check the disk, and export again."
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,12 @@ def check_file(file: WrittenFile, folder: Path) -> None:
                 digest.update(block)
             size = opened.tell()
     except OSError as error:
-        raise VerificationError(f"{file.path} cannot be read: {error.strerror}.", _HINT) from error
+        raise VerificationError(f"{file.path} cannot be read: {error.strerror}.", DISK_HINT) from error
     if (size, digest.hexdigest()) != (file.size, file.sha256):
         raise VerificationError(
             f"{file.path} has {size} bytes and sha256 {digest.hexdigest()[:12]}…, "
             f"expected {file.size} and {file.sha256[:12]}….",
-            _HINT,
+            DISK_HINT,
         )
 
 
@@ -85,14 +83,14 @@ def check_names(shard: Shard, folder: Path) -> None:
     """
     with _opened(shard, folder) as written:
         for name in sorted({tensor.name for tensor in shard.tensors} ^ set(written.keys())):
-            raise VerificationError(f"{shard.name}: tensor {name} is not in both plan and file.", _HINT)
+            raise VerificationError(f"{shard.name}: tensor {name} is not in both plan and file.", DISK_HINT)
         for tensor in shard.tensors:
             found = written.get_tensor(tensor.name)
             if tuple(found.shape) != tensor.shape or found.dtype is not tensor.dtype.torch:
                 raise VerificationError(
                     f"{shard.name}: {tensor.name} is {found.dtype} {tuple(found.shape)}, "
                     f"expected {tensor.dtype.torch} {tensor.shape}.",
-                    _HINT,
+                    DISK_HINT,
                 )
 
 
@@ -118,9 +116,9 @@ def _opened(shard: Shard, folder: Path) -> Iterator[Any]:
         with safe_open(folder / shard.name, framework="pt") as written:
             yield written
     except SafetensorError as error:
-        raise VerificationError(f"{shard.name} is not a valid safetensors file: {error}.", _HINT) from error
+        raise VerificationError(f"{shard.name} is not a valid safetensors file: {error}.", DISK_HINT) from error
     except FileNotFoundError as error:
-        raise VerificationError(f"{shard.name} is not in the folder.", _HINT) from error
+        raise VerificationError(f"{shard.name} is not in the folder.", DISK_HINT) from error
 
 
 def _check_portion(file: str, portion: Portion, found: torch.Tensor, files: SourceFiles) -> None:
@@ -129,13 +127,13 @@ def _check_portion(file: str, portion: Portion, found: torch.Tensor, files: Sour
     tensor, position = portion.tensor, portion.start
     for _, expected in cast_blocks(tensor, files):
         part = found[position : position + expected.numel()]
-        if not torch.equal(_bits(part), _bits(expected)):
+        if not torch.equal(bits(part), bits(expected)):
             raise VerificationError(
-                f"{file}: {tensor.name} differs from the checkpoint after element {position}.", _HINT
+                f"{file}: {tensor.name} differs from the checkpoint after element {position}.", DISK_HINT
             )
         position += expected.numel()
     if position != portion.start + tensor.source.numel:
-        raise VerificationError(f"{file}: {tensor.name} has {position} elements in the checkpoint.", _HINT)
+        raise VerificationError(f"{file}: {tensor.name} has {position} elements in the checkpoint.", DISK_HINT)
 
 
 def check_copy(tensor: PlannedTensor, copy: LazyTensor) -> None:
@@ -150,7 +148,7 @@ def check_copy(tensor: PlannedTensor, copy: LazyTensor) -> None:
     cast = PlannedTensor(tensor.name, copy.dtype, tensor.source)
     with SourceFiles() as mine, SourceFiles() as theirs:
         blocks = (written for _, written in cast_blocks(cast, mine))
-        same = tensor.shape == copy.shape and _same_bits(blocks, copy.blocks(theirs))
+        same = tensor.shape == copy.shape and same_bits(blocks, copy.blocks(theirs))
     if not same:
         raise CheckpointError(
             f"{tensor.name} in the optimizer's master weights is not what the model's own copy says.",
@@ -165,38 +163,11 @@ def require_equal(tied_values: Mapping[str, tuple[LazyTensor, str]], weights: Ma
         RefusedError: they have not; storing one of them would lose the other.
     """
     for alias, (tensor, target) in tied_values.items():
-        other = weights[target]
-        if tensor == other:
-            continue
-        with SourceFiles() as mine, SourceFiles() as theirs:
-            if tensor.shape != other.shape or not _same_bits(tensor.blocks(mine), other.blocks(theirs)):
-                raise RefusedError(
-                    f"{alias} and {target} are tied by config.json but have different values.",
-                    "Set tie_word_embeddings to false in config.json if the model was trained untied.",
-                )
-
-
-def _same_bits(first: Iterator[torch.Tensor], second: Iterator[torch.Tensor]) -> bool:
-    """Whether two streams of blocks hold the same bytes, wherever the borders of their blocks are."""
-    import torch
-
-    nothing = torch.empty(0, dtype=torch.uint8)
-    mine = theirs = nothing
-    while True:
-        mine = mine if mine.numel() else _bits(next(first, nothing))
-        theirs = theirs if theirs.numel() else _bits(next(second, nothing))
-        count = min(mine.numel(), theirs.numel())
-        if count == 0:
-            return bool(mine.numel() == theirs.numel())
-        if not torch.equal(mine[:count], theirs[:count]):
-            return False
-        mine, theirs = mine[count:], theirs[count:]
-
-
-def _bits(block: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return block.contiguous().view(torch.uint8)
+        if not is_same(tensor, weights[target]):
+            raise RefusedError(
+                f"{alias} and {target} are tied by config.json but have different values.",
+                "Set tie_word_embeddings to false in config.json if the model was trained untied.",
+            )
 
 
 def check_loads(folder: Path, prompt: str, trust_remote_code: bool, cache: Path | None = None) -> Check:
@@ -213,9 +184,11 @@ def check_loads(folder: Path, prompt: str, trust_remote_code: bool, cache: Path 
             if is_adapter(folder):
                 return _check_adapter_loads(folder, prompt, trust_remote_code, cache)
             return Check("load", "passed", _load_and_run(folder, prompt, trust_remote_code))
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, TypeError, IndexError) as error:
+    except ExportError:
+        raise
+    except Exception as error:  # whatever the library, PEFT or custom code makes of the files
         reason = " ".join(str(error).split())[:300]
-        raise VerificationError(f"transformers cannot load the export: {reason}", _HINT) from error
+        raise VerificationError(f"transformers cannot load the export: {reason}", DISK_HINT) from error
 
 
 def _load_and_run(folder: Path, prompt: str, trust_remote_code: bool) -> str:
@@ -229,7 +202,7 @@ def _load_and_run(folder: Path, prompt: str, trust_remote_code: bool) -> str:
     )
     faults = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if faults:
-        raise VerificationError(f"transformers loads the export with {faults}.", _HINT)
+        raise VerificationError(f"transformers loads the export with {faults}.", DISK_HINT)
     done = _generate(model, tokenizer, prompt) if model.can_generate() else _run(model, tokenizer, prompt)
     return f"loads with every weight in its place, and {done}{_load_processor(folder, local)}"
 
@@ -260,7 +233,7 @@ def _load_adapter_and_run(folder: Path, base: Path, prompt: str, trust_remote_co
     result = adapted.load_adapter(folder, "default")
     if result.missing_keys or result.unexpected_keys:
         raise VerificationError(
-            f"PEFT does not place {result.unexpected_keys[:3]} and misses {result.missing_keys[:3]}.", _HINT
+            f"PEFT does not place {result.unexpected_keys[:3]} and misses {result.missing_keys[:3]}.", DISK_HINT
         )
     done = _generate(adapted, tokenizer, prompt) if model.can_generate() else _run(adapted, tokenizer, prompt)
     return f"PEFT loads it onto its base with every weight in its place, and {done}"

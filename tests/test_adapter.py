@@ -328,6 +328,8 @@ SETTINGS: list[tuple[dict[str, Any], type[ExportError], str]] = [
     ({"r": 5}, CheckpointError, "factors of rank 4, and the adapter's config says 5"),
     ({"lora_alpha": None}, CheckpointError, "lora_alpha is None"),
     ({"rank_pattern": {"(": 1}}, CheckpointError, "rank_pattern is broken"),
+    ({"rank_pattern": {"a{99999999999999999999}": 1}}, CheckpointError, "rank_pattern is broken"),
+    ({"lora_alpha": 10**400}, CheckpointError, "lora_alpha is 1000"),
     ({"use_dora": True}, CheckpointError, "no lora_magnitude_vector"),
     ({"base_model_name_or_path": None}, CheckpointError, "names no base model"),
     ({"base_model_name_or_path": "x" * 600}, CheckpointError, "is not here"),

@@ -377,3 +377,19 @@ def test_a_bug_does_not_show_the_token(tmp_path: Path, monkeypatch: pytest.Monke
     for text in (stdout, stderr, (tmp_path / "report.json").read_text()):
         assert token not in text
         assert PLANTED["hub"] not in text
+
+
+def test_every_credential_of_a_text_is_cut_out_wherever_it_stands() -> None:
+    planted = [f"gho_{letters(36)}", f"ghp_{letters(36)}", PLANTED["hub"]]
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        told = redact(" then ".join(planted[number] for number in order))
+        assert told == " then ".join(["<redacted>"] * 3)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "\udcff", "a\udc80b"])
+def test_text_that_no_file_can_hold_does_not_disturb_the_telling(text: str, tmp_path: Path) -> None:
+    assert redact(text, [f"hf_{text}"]) == text
+    report = Report()
+    report.fail(3, "checkpoint", text, "")
+    report.write(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["error"]["message"] == text

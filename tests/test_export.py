@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,6 +221,18 @@ def test_a_run_folder_means_its_newest_complete_checkpoint(export: Export, tmp_p
     shard.unlink()
     with pytest.raises(CheckpointError, match="rank"):
         export(run)
+
+
+def test_a_file_that_cannot_be_read_does_not_make_an_older_checkpoint_the_newest(
+    export: Export, tmp_path: Path
+) -> None:
+    for step in (1, 2):
+        shutil.copytree(Case("llama-zero3").checkpoint, tmp_path / "run" / f"checkpoint-{step}")
+    (shard,) = (tmp_path / "run" / "checkpoint-2").glob("*/*_rank_1_*_optim_states.pt")
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    with pytest.raises(CheckpointError, match="Too many levels of symbolic links"):
+        export(tmp_path / "run")
 
 
 def test_custom_code_is_neither_imported_nor_exported_without_the_flag(export: Export, tmp_path: Path) -> None:

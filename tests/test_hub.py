@@ -43,6 +43,7 @@ from exporter.hub import client as hub_client
 from exporter.hub.account import require_write_access
 from exporter.hub.failures import translate
 from exporter.hub.patience import Patience, requested_pause
+from exporter.hub.repository import manifest_files
 from exporter.hub.upload import batches, without_xet
 from exporter.rehearsal import RehearsalHub
 
@@ -654,6 +655,11 @@ def test_a_forecast_tells_what_is_known_before_the_weights_are(lfs_hub: Rehearsa
         sent_bytes=size + 5 + 3 + 2,
     )
     assert changes(lfs_hub) == []
+
+
+@pytest.mark.parametrize("size", ["1e999", '"a"', "null", "[]"])
+def test_a_manifest_on_the_hub_that_is_not_ours_names_no_files(size: str) -> None:
+    assert manifest_files(b'{"files": [{"path": "a", "size": %s, "sha256": "b"}]}' % size.encode()) == {}
 
 
 # What is sent while others are still to come

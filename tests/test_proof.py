@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from exporter.console import Console
 from exporter.errors import UsageError, VerificationError
 from exporter.proof import ProofOptions, run_verify
 from exporter.report import Report
+from exporter.verify import check_loads
 from tests.conftest import Case
 
 Export = Callable[..., tuple[Path, dict[str, Any]]]
@@ -68,3 +70,30 @@ def test_a_folder_that_was_not_exported_is_refused(tmp_path: Path) -> None:
         prove(tmp_path)
     with pytest.raises(UsageError):
         prove(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.json", b"{}"), ("model.safetensors", b"\xff" * 9)])
+def test_whatever_keeps_an_export_from_loading_fails_the_verification(
+    name: str, content: bytes, export: Export, tmp_path: Path
+) -> None:
+    folder, _ = export(Case("llama-zero3").checkpoint)
+    if name == "config.json":
+        config = json.loads((folder / name).read_text())
+        content = json.dumps(config | {"num_attention_heads": 0}).encode()
+    (folder / name).write_bytes(content)
+    with pytest.raises(VerificationError, match="transformers cannot load the export"):
+        check_loads(folder, "Hello", trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dtype", "int8"), ("weights", "foo"), ("weights", []), ("max_shard_size", []), ("max_shard_size", 1e999)],
+)
+def test_a_manifest_that_does_not_say_how_it_was_made_is_no_proof(key: str, value: object, export: Export) -> None:
+    checkpoint = Case("llama-zero3").checkpoint
+    folder, _ = export(checkpoint)
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["source" if key == "weights" else "options"][key] = value
+    (folder / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerificationError, match="does not say how the export was made"):
+        prove(folder, checkpoint=checkpoint)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from exporter import tensors
+from exporter.checkpoints.torch_file import read_torch_file
 from exporter.errors import CheckpointError
 from exporter.tensors import (
     DType,
@@ -22,6 +23,8 @@ from exporter.tensors import (
     StoredTensor,
     StridedTensor,
     Vector,
+    is_same,
+    start_alike,
 )
 
 BLOCK = 64
@@ -126,3 +129,29 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights.pt").write_bytes((tmp_path / "weights.pt").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"weights\.pt ends at byte 162"):
         read(stored)
+
+
+def test_a_file_that_goes_away_is_an_unreadable_checkpoint(tmp_path: Path) -> None:
+    tensor = store(tmp_path / "x.bin", torch.zeros(10))
+    (tmp_path / "x.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"x\.bin cannot be read"):
+        read(tensor)
+
+
+def test_tensors_are_the_same_by_their_bits_and_dtype_wherever_their_blocks_end(tmp_path: Path) -> None:
+    values = torch.randn(15, 9)
+    stored = store(tmp_path / "stored.bin", values)
+    torch.save({"w": values.t().contiguous().t()}, tmp_path / "strided.bin")
+    strided = read_torch_file(tmp_path / "strided.bin").value["w"]
+    assert isinstance(strided, StridedTensor)
+    assert is_same(stored, strided)
+    zeros = store(tmp_path / "zeros.bin", torch.zeros(4, dtype=torch.float16))
+    assert not is_same(zeros, store(tmp_path / "other.bin", torch.zeros(4, dtype=torch.bfloat16)))
+
+
+def test_the_start_of_a_view_is_compared_as_torch_sees_it(tmp_path: Path) -> None:
+    values = torch.randn(300, 40)
+    torch.save({"w": values.t()}, tmp_path / "strided.bin")
+    strided = read_torch_file(tmp_path / "strided.bin").value["w"]
+    assert start_alike(store(tmp_path / "same.bin", values.t().contiguous()), strided)
+    assert not start_alike(store(tmp_path / "other.bin", values.t() + 1), strided)

@@ -161,3 +161,6 @@ def test_tied_names_must_have_one_value(tmp_path: Path) -> None:
     for other in (value + 1, value.reshape(5, 9), value[:8], value.to(torch.bfloat16)):
         with pytest.raises(RefusedError, match="head and embed"):
             require_equal({"head": (store(tmp_path / "head", other), "embed")}, weights)
+    halves = {"embed": store(tmp_path / "zeros", torch.zeros(4, dtype=torch.float16))}
+    with pytest.raises(RefusedError, match="head and embed"):
+        require_equal({"head": (store(tmp_path / "head", torch.zeros(4, dtype=torch.bfloat16)), "embed")}, halves)

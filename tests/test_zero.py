@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exporter.checkpoints import Checkpoint, open_checkpoint, zero
+from exporter.checkpoints import Checkpoint, open_checkpoint
+from exporter.checkpoints.copies import is_constant
 from exporter.checkpoints.unpickler import Unpickler
 from exporter.errors import CheckpointError, ExportError, IncompleteCheckpointError, UsageError
 from exporter.tensors import DType, Extent, LazyTensor, SourceFiles
@@ -635,5 +636,5 @@ def test_equal_partitions_that_are_holes_are_not_read(tmp_path: Path, monkeypatc
         file.truncate(2**36)
     with monkeypatch.context() as patched:
         patched.setattr(SourceFiles, "_read", lambda *args: pytest.fail("elements were read"))
-        assert zero._is_constant(Extent(tmp_path / "hole", 2**20, DType.F32, 2**30))
-    assert not zero._is_constant(Extent(tmp_path / "hole", 0, DType.F32, 2**16))
+        assert is_constant(Extent(tmp_path / "hole", 2**20, DType.F32, 2**30))
+    assert not is_constant(Extent(tmp_path / "hole", 0, DType.F32, 2**16))

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoints.checkpoint import Checkpoint
+from exporter.checkpoints.checkpoint import Checkpoint, refuse_tag
 from exporter.checkpoints.folder import is_name, read_json
-from exporter.checkpoints.lora import BiasTensor, LoraTensor, MergedTensor, TokensTensor, is_same
+from exporter.checkpoints.lora import BiasTensor, LoraTensor, MergedTensor, TokensTensor
 from exporter.checkpoints.merge import MERGE_ELSEWHERE, Merge
 from exporter.checkpoints.pretrained import is_pretrained, read_weights
 from exporter.checkpoints.targets import require_targets
-from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
-from exporter.tensors import LazyTensor, SourceFiles
+from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
+from exporter.tensors import LazyTensor, SourceFiles, is_same
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -91,8 +91,7 @@ def open_adapter(folder: Path, tag: str | None) -> Checkpoint:
         RefusedError: the adapter is of a kind that is not merged, or a model's weights lie beside it.
         UsageError: a tag is asked for, which an adapter has not.
     """
-    if tag is not None:
-        raise UsageError(f"There is no tag {tag!r}: {folder.name} holds an adapter.", "Leave --tag out.")
+    refuse_tag(tag, folder)
     config = read_json(folder / CONFIG)
     _require_supported(config)
     if is_pretrained(folder):
@@ -202,7 +201,8 @@ def _require_fitting(config: Mapping[str, Any], adapter: Mapping[str, Any]) -> N
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
-    return str((config.get("architectures") or [""])[0])
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 # What a merge may not be

@@ -11,14 +11,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from exporter.checkpoints.checkpoint import Checkpoint
+from exporter.checkpoints.checkpoint import Checkpoint, refuse_tag
 from exporter.checkpoints.chunks import Chunk, ChunkedTensor, join_chunks
+from exporter.checkpoints.copies import find_copy
 from exporter.checkpoints.distributed_metadata import METADATA_NAME, Box, Metadata, read_metadata, unexpected
 from exporter.checkpoints.folder import require_inside
 from exporter.checkpoints.pretrained import is_pretrained
 from exporter.checkpoints.torch_file import read_torch_archive
-from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
-from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTensor
+from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
+from exporter.tensors import DType, Extent, LazyTensor, StoredTensor
 
 _OPTIMIZER = re.compile(r"(optim|optimizers?)(_\d+|_states?|_state_dict)?")
 _OPTIMIZER_ENTRY = re.compile(r"(optim|optimizers?|state|param_groups)\..*")
@@ -44,8 +45,7 @@ def open_distributed(folder: Path, tag: str | None) -> Checkpoint:
         RefusedError: nothing says which tensors are the model's, or they are stored in a way that cannot be read.
         UsageError: a tag is asked for, which only a DeepSpeed folder has.
     """
-    if tag is not None:
-        raise UsageError(f"There is no tag {tag!r}: {folder.name} is no DeepSpeed folder.", "Leave --tag out.")
+    refuse_tag(tag, folder)
     data = _choose_data(folder)
     metadata = read_metadata(data / METADATA_NAME)
     keys, notes = _choose_model(data.name, metadata)
@@ -178,19 +178,9 @@ def _check_distinct(tensors: Iterable[LazyTensor]) -> None:
             if extent.offset in files[extent.path]:
                 unexpected(f"two chunks lie at byte {extent.offset} of {extent.path.name}")
             files[extent.path][extent.offset] = extent
-    seen: dict[tuple[int | None, ...], Path] = {}
-    for path, extents in files.items():
-        checksums = tuple(extent.member.crc32 if extent.member else None for _, extent in sorted(extents.items()))
-        other = seen.setdefault(checksums, path)
-        if other is not path and None not in checksums and not all(map(_is_constant, extents.values())):
-            raise CheckpointError(
-                f"{path.name} holds the same chunks as {other.name}: one of them is a copy of the other.",
-                "Copy the files of every rank again from where the training wrote them.",
-            )
-
-
-def _is_constant(extent: Extent) -> bool:
-    """Whether all elements are one number, as in weights that are still as they were initialized."""
-    with SourceFiles() as files:
-        values = {value for block in files.blocks(extent) for value in (block.min().item(), block.max().item())}
-    return len(values) == 1
+    copy = find_copy((path, [extent for _, extent in sorted(found.items())]) for path, found in files.items())
+    if copy is not None:
+        raise CheckpointError(
+            f"{copy[0].name} holds the same chunks as {copy[1].name}: one of them is a copy of the other.",
+            "Copy the files of every rank again from where the training wrote them.",
+        )

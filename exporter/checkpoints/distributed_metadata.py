@@ -109,6 +109,7 @@ def _entry(name: str, value: Any) -> Entry:
         not isinstance(properties, Stub)
         or properties.name not in _PROPERTIES
         or not isinstance(properties.state, tuple)
+        or not properties.state
     ):
         unexpected(f"{name} has no TensorProperties")
     if not isinstance(chunks, list):

@@ -17,13 +17,21 @@ from typing import Any
 
 from exporter.checkpoints.checkpoint import Checkpoint
 from exporter.checkpoints.folder import is_name
-from exporter.checkpoints.zero import Slice, choose_tag, has_file, read_slices, read_state_file, stage12_parameters
+from exporter.checkpoints.zero import (
+    SAVE_AGAIN,
+    Slice,
+    choose_tag,
+    has_file,
+    read_slices,
+    read_state_file,
+    stage12_parameters,
+)
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
 from exporter.tensors import LazyTensor
 
 _EXPERT_FILE = re.compile(r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_\d+_model_states\.pt")
 _EXPERT = re.compile(r"(?P<module>.*\.deepspeed_moe\.experts\.deepspeed_experts)\.(?P<expert>\d+)\.(?P<name>.+)")
-_SAVE_AGAIN = "Load it with the trainer that wrote it, write the model with save_pretrained, and export that."
+_COPY_EXPERTS = "Copy the files of every expert of this save, and no others."
 
 
 def is_expert_parallel(folder: Path) -> bool:
@@ -44,7 +52,7 @@ def open_expert_parallel(folder: Path, tag: str | None) -> Checkpoint:
     state = whole.states[0]
     if others or state.value.get("ds_autoep_layers"):
         kind = "tensor-parallel" if others else "written by AutoEP, under other names than the model's"
-        raise RefusedError(f"The experts of {name} are {kind}, which cannot be exported.", _SAVE_AGAIN)
+        raise RefusedError(f"The experts of {name} are {kind}, which cannot be exported.", SAVE_AGAIN)
     model = {**(whole.model() or {}), **_read_experts(folder / name, state.value.get("num_experts"))}
     master = _master_weights(whole, model)
     if master is None:
@@ -64,13 +72,16 @@ def _read_experts(folder: Path, counts: Any) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{folder.name} does not say how many experts it has.", "Copy its model states again.")
     matches = (_EXPERT_FILE.fullmatch(path.name) for path in folder.iterdir())
     there = {(int(match["layer"]), int(match["expert"])): match[0] for match in matches if match}
-    wanted = {(layer, expert) for layer, count in enumerate(counts) for expert in range(count)}
-    for layer, expert in sorted(wanted ^ there.keys()):
-        is_missing = (layer, expert) in wanted
-        raise (IncompleteCheckpointError if is_missing else CheckpointError)(
-            f"Expert {expert} of layer {layer} in {folder.name} has {'no file' if is_missing else 'a file too many'}.",
-            "Copy the files of every expert of this save, and no others.",
+    wanted = ((layer, expert) for layer, count in enumerate(counts) for expert in range(count))
+    if missing := next((place for place in wanted if place not in there), None):
+        raise IncompleteCheckpointError(
+            f"Expert {missing[1]} of layer {missing[0]} in {folder.name} has no file.", _COPY_EXPERTS
         )
+    for layer, expert in sorted(there):
+        if layer >= len(counts) or expert >= counts[layer]:
+            raise CheckpointError(
+                f"Expert {expert} of layer {layer} in {folder.name} has a file too many.", _COPY_EXPERTS
+            )
     tensors: dict[str, LazyTensor] = {}
     for layer, expert in sorted(there):
         own = _read_expert(folder / there[layer, expert], expert)

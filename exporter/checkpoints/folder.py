@@ -36,9 +36,13 @@ def regular_size(path: Path) -> int:
     """
     try:
         status = path.stat()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise IncompleteCheckpointError(
             f"{path.name} is missing: {error.strerror}.", "Copy the whole checkpoint folder, with all its files."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read: {error.strerror}.", "Make the file readable, or copy the checkpoint again."
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path.name} is not a regular file.", "Remove it, or copy the checkpoint again.")

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from exporter.checkpoints.checkpoint import Checkpoint
-from exporter.checkpoints.folder import is_name
-from exporter.checkpoints.torch_file import read_torch_file
-from exporter.errors import CheckpointError, UsageError
-from exporter.tensors import LazyTensor
+from exporter.checkpoints.checkpoint import Checkpoint, refuse_tag
+from exporter.checkpoints.torch_file import is_state_dict, read_torch_file
+from exporter.errors import CheckpointError
 
 
 def is_lightning(folder: Path) -> bool:
@@ -29,8 +27,7 @@ def open_lightning(folder: Path, tag: str | None) -> Checkpoint:
         CheckpointError: there are several, or it is damaged, unsafe to read, or not Lightning's.
         UsageError: a tag is asked for, which only a DeepSpeed folder has.
     """
-    if tag is not None:
-        raise UsageError(f"There is no tag {tag!r}: {folder.name} is no DeepSpeed folder.", "Leave --tag out.")
+    refuse_tag(tag, folder)
     path, *others = _files(folder)
     if others:
         names = ", ".join(file.name for file in (path, *others))
@@ -40,9 +37,7 @@ def open_lightning(folder: Path, tag: str | None) -> Checkpoint:
         )
     value = read_torch_file(path).value
     state = value.get("state_dict") if isinstance(value, dict) else None
-    if not isinstance(state, dict) or not all(
-        is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in state.items()
-    ):
+    if not is_state_dict(state):
         raise CheckpointError(
             f"{path.name} has no state_dict that maps names to tensors, so it is no checkpoint of Lightning's.",
             "Save the weights with save_pretrained, or the state dict alone as pytorch_model.bin.",

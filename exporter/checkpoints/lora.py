@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from exporter.tensors import BLOCK_BYTES, DType, LazyTensor, SourceFiles
@@ -141,17 +140,6 @@ def read_whole(tensor: LazyTensor, files: SourceFiles) -> torch.Tensor:
 
     parts = [block.to(torch.float32, copy=True) for block in tensor.blocks(files)]
     return torch.cat(parts).reshape(tensor.shape) if parts else torch.zeros(tensor.shape)
-
-
-def is_same(tensor: LazyTensor, other: LazyTensor | None) -> bool:
-    """Whether both have the same elements, in the same dtype, and so in the same blocks."""
-    if tensor == other:
-        return True
-    if other is None or (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
-        return False
-    with SourceFiles() as mine, SourceFiles() as theirs:
-        pairs = zip_longest(tensor.blocks(mine), other.blocks(theirs))
-        return all(first is not None and second is not None and first.equal(second) for first, second in pairs)
 
 
 def row_blocks(tensor: LazyTensor, files: SourceFiles) -> Iterator[torch.Tensor]:

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from exporter.checkpoints.lora import BiasTensor, LoraTensor, TokensTensor, is_same
+from exporter.checkpoints.lora import BiasTensor, LoraTensor, TokensTensor
 from exporter.errors import CheckpointError, RefusedError
-from exporter.tensors import LazyTensor
+from exporter.tensors import LazyTensor, is_same
 
 MERGE_ELSEWHERE = "Merge it with PEFT (merge_and_unload, then save_pretrained), and export the result."
 
@@ -82,11 +82,6 @@ class Merge:
             {rename(name): tensor for name, tensor in whole.items()},
             modules,
         )
-
-    @property
-    def changed(self) -> set[str]:
-        """The names of the weights that the adapter changes or replaces."""
-        return {*self.whole, *map(_weight, self.factors)}
 
     @property
     def modules_with_factors(self) -> list[str]:
@@ -201,9 +196,9 @@ class Merge:
         try:
             keys = (key for key in by_pattern if re.match(rf"(.*\.)?({key})$", self.modules[module]))
             value = next((by_pattern[key] for key in keys), self.config.get(name))
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"adapter_config.json: {patterns} is broken.", "Copy it again.") from error
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e300 < value < 1e300:
             raise CheckpointError(f"adapter_config.json: {name} is {value!r:.50} for {module}.", "Copy it again.")
         return value
 

@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from exporter.checkpoints.checkpoint import Checkpoint
-from exporter.checkpoints.folder import is_name
-from exporter.checkpoints.zero import Slice, choose_tag, has_file, read_slices, read_state_file
+from exporter.checkpoints.torch_file import is_state_dict
+from exporter.checkpoints.zero import SAVE_AGAIN, Slice, choose_tag, has_file, read_slices, read_state_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
 from exporter.tensors import LazyTensor
 
 _LAYER = re.compile(r"layer_(?P<layer>\d+)-(?P<cut>.*)model_states\.pt")
 _TIED = re.compile(r"tied_modules\.[^.]+\.(?P<name>.+)")
-_SAVE_AGAIN = "Load it with the trainer that wrote it, write the model with save_pretrained, and export that."
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -68,7 +67,7 @@ def _read_layers(folder: Path) -> dict[str, LazyTensor]:
             raise RefusedError(
                 f"{path.name} is a slice of a layer: the pipeline's layers are cut by tensor parallelism, and nothing "
                 "in the checkpoint says how.",
-                _SAVE_AGAIN,
+                SAVE_AGAIN,
             )
         if layers.setdefault(int(match["layer"]), path) != path:
             raise CheckpointError(
@@ -86,7 +85,7 @@ def _read_layers(folder: Path) -> dict[str, LazyTensor]:
 
 def _read_layer(path: Path) -> Mapping[str, LazyTensor]:
     state = read_state_file(path)
-    if not all(is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in state.value.items()):
+    if not is_state_dict(state.value):
         raise CheckpointError(f"{state.name} is not a mapping from names to tensors.", "Copy the file again.")
     return state.value
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from exporter.checkpoints.checkpoint import Checkpoint
+from exporter.checkpoints.checkpoint import Checkpoint, refuse_tag
 from exporter.checkpoints.folder import is_name, read_json
 from exporter.checkpoints.safetensors_file import read_safetensors_file
-from exporter.checkpoints.torch_file import read_torch_file
-from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
+from exporter.checkpoints.torch_file import is_state_dict, read_torch_file
+from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
 from exporter.tensors import LazyTensor
 
 LAYOUTS = (
@@ -35,8 +35,7 @@ def open_pretrained(folder: Path, tag: str | None) -> Checkpoint:
         RefusedError: it does not say which of its files are the weights.
         UsageError: a tag is asked for, which only a DeepSpeed folder has.
     """
-    if tag is not None:
-        raise UsageError(f"There is no tag {tag!r}: {folder.name} is no DeepSpeed folder.", "Leave --tag out.")
+    refuse_tag(tag, folder)
     return Checkpoint(format="pretrained", folder=folder, model=read_pretrained(folder))
 
 
@@ -74,9 +73,7 @@ def read_weights(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == ".safetensors":
         return dict(read_safetensors_file(path))
     value = read_torch_file(path).value
-    if not isinstance(value, dict) or not all(
-        is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in value.items()
-    ):
+    if not is_state_dict(value):
         raise CheckpointError(f"{path.name} is not a mapping from names to tensors.", "Save the state dict alone.")
     return value
 
@@ -91,18 +88,20 @@ def _read_shards(folder: Path, index: str, shards: Sequence[str]) -> dict[str, L
             f"{shard_name} is there, but {index} does not name it.",
             "Remove it if it is left over from another save, or copy shards and index together.",
         )
+    listed: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        listed.setdefault(file, set()).add(name)
     tensors: dict[str, LazyTensor] = {}
-    for file in dict.fromkeys(weight_map.values()):
+    for file, names in listed.items():
         if Path(file).name != file or Path(file).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"{index} names the file {file!r}, which is not a shard beside it.", "Repair it.")
         shard = read_weights(folder / file)
-        _check_against_index(index, file, weight_map, shard)
+        _check_against_index(index, file, names, shard)
         tensors |= shard
     return {name: tensors[name] for name in weight_map}
 
 
-def _check_against_index(index: str, file: str, weight_map: Mapping[str, str], shard: Mapping[str, LazyTensor]) -> None:
-    listed = {name for name, place in weight_map.items() if place == file}
+def _check_against_index(index: str, file: str, listed: Set[str], shard: Mapping[str, LazyTensor]) -> None:
     for name in sorted(listed - shard.keys()):
         raise CheckpointError(f"{file} lacks the tensor {name} that {index} places there.", "Copy the shard again.")
     for name in sorted(shard.keys() - listed):

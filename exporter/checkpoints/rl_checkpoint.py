@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoints.checkpoint import Checkpoint
-from exporter.checkpoints.folder import is_name
-from exporter.checkpoints.torch_file import read_torch_file
+from exporter.checkpoints.torch_file import is_state_dict, read_torch_file
 from exporter.errors import CheckpointError
 from exporter.tensors import LazyTensor
 
@@ -50,9 +49,7 @@ def with_rl_weights(checkpoint: Checkpoint, path: Path) -> Checkpoint:
 
 def _state_dict(file: str, value: Any) -> Mapping[str, LazyTensor]:
     state = value.get("module", value) if isinstance(value, dict) else None
-    if not isinstance(state, dict) or not all(
-        is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in state.items()
-    ):
+    if not is_state_dict(state):
         raise CheckpointError(
             f"{file} holds no state dict, neither alone nor under the key module.",
             "Name the file that the reinforcement learning wrote, such as mp_rank_00_model_states.pt.",

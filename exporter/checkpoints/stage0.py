@@ -63,7 +63,6 @@ class _Group:
     """
 
     vector: Vector
-    dtype: DType
     shapes: Mapping[int, Shape] | None
     position: int = 0
 
@@ -84,7 +83,7 @@ class _Group:
         return master
 
     def _next(self, shape: Shape) -> StoredTensor:
-        return StoredTensor(shape, self.dtype, self.vector.cut(self.position, self.position + math.prod(shape)))
+        return StoredTensor(shape, DType.F32, self.vector.cut(self.position, self.position + math.prod(shape)))
 
 
 def _groups(optimizer: Mapping[str, Any]) -> list[_Group]:
@@ -104,7 +103,7 @@ def _are_masters(value: Any) -> TypeGuard[list[StoredTensor]]:
 
 
 def _group(tensors: Iterable[StoredTensor], shapes: Mapping[int, Shape] | None) -> _Group:
-    return _Group(Vector(tuple(extent for tensor in tensors for extent in tensor.extents)), DType.F32, shapes)
+    return _Group(Vector(tuple(extent for tensor in tensors for extent in tensor.extents)), shapes)
 
 
 def _shapes(tensors: Sequence[StoredTensor]) -> dict[int, Shape]:

@@ -24,7 +24,7 @@ def require_targets(config: Mapping[str, Any], modules: Iterable[str]) -> None:
     for module in modules:
         try:
             found = is_target(config, module)
-        except (re.error, TypeError, ValueError) as error:
+        except (re.error, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise CheckpointError("adapter_config.json: target_modules is broken.", "Copy it again.") from error
         if not found:
             raise CheckpointError(

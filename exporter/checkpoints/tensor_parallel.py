@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from exporter.checkpoints.checkpoint import Checkpoint
+from exporter.checkpoints.copies import find_copy
 from exporter.checkpoints.zero import Slice, choose_tag, has_file, read_slices
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
 from exporter.tensors import BLOCK_BYTES, DType, LazyTensor, SourceFiles, StoredTensor
@@ -209,19 +210,15 @@ def _position(view: Sequence[Any], shape: tuple[int, ...], axis: int) -> int:
 
 
 def _check_distinct(layouts: Mapping[str, _Layout], slices: Sequence[Mapping[str, LazyTensor]]) -> None:
-    """No rank's file is a copy of another's, also where the archive was saved anew: by the archives' checksums."""
+    """No rank's file is a copy of another's."""
     cut = [name for name, layout in layouts.items() if layout.is_cut]
-    seen: dict[tuple[int | None, ...], int] = {}
-    for rank, tensors in enumerate(slices):
-        parts = [tensors[name] for name in cut]
-        extents = [extent for part in parts if isinstance(part, StoredTensor) for extent in part.extents]
-        checksums = tuple(extent.member.crc32 if extent.member else None for extent in extents)
-        other = seen.setdefault(checksums, rank)
-        if cut and other != rank and all(checksums):
-            raise CheckpointError(
-                f"The files of the tensor-parallel ranks {other} and {rank} hold the same weights: one is a copy.",
-                "Copy the files of every rank again from where the training wrote them.",
-            )
+    parts = [[part for part in map(tensors.__getitem__, cut) if isinstance(part, StoredTensor)] for tensors in slices]
+    copy = find_copy((rank, [extent for part in own for extent in part.extents]) for rank, own in enumerate(parts))
+    if copy is not None:
+        raise CheckpointError(
+            f"The files of the tensor-parallel ranks {copy[1]} and {copy[0]} hold the same weights: one is a copy.",
+            "Copy the files of every rank again from where the training wrote them.",
+        )
 
 
 def _join(name: str, layout: _Layout, slices: Sequence[LazyTensor]) -> LazyTensor:

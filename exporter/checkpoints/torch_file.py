@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from exporter.checkpoints import archive
 from exporter.checkpoints.archive import Archive, Region, damaged, read_archive
-from exporter.checkpoints.folder import regular_size
+from exporter.checkpoints.folder import is_name, regular_size
 from exporter.checkpoints.unpickler import PickleError, Reference, Stub, Unpickler
 from exporter.errors import CheckpointError
 from exporter.tensors import DType, Extent, LazyTensor, Member, StoredTensor, StridedTensor
@@ -339,7 +339,15 @@ def _view(name: str, args: tuple[Any, Any, Any, Any], dtype: DType | None) -> La
     return StridedTensor(shape, dtype, extent, stride)
 
 
+def is_state_dict(value: Any) -> TypeGuard[dict[str, LazyTensor]]:
+    """Whether ``value`` maps names to tensors."""
+    return isinstance(value, dict) and all(
+        is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in value.items()
+    )
+
+
 def are_sizes(values: Any) -> bool:
+    """Whether ``values`` can be a shape, a stride or the like."""
     if type(values) is not tuple or len(values) > _MAX_DIMENSIONS:
         return False
     return all(type(value) is int and 0 <= value < 2**63 for value in values)

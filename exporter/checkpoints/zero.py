@@ -6,9 +6,7 @@ Where the layout comes from: DeepSpeed 0.19.8 (``deepspeed/utils/zero_to_fp32.py
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,17 +14,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from exporter.checkpoints.checkpoint import Checkpoint
+from exporter.checkpoints.copies import find_copy
 from exporter.checkpoints.folder import is_name, regular_size
 from exporter.checkpoints.pretrained import is_pretrained, read_pretrained
 from exporter.checkpoints.stage0 import has_masters, name_masters
-from exporter.checkpoints.torch_file import Stub, TorchFile, read_torch_file
+from exporter.checkpoints.torch_file import Stub, TorchFile, are_sizes, is_state_dict, read_torch_file
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError, UsageError
 from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTensor, Vector
+
+SAVE_AGAIN = "Load it with the trainer that wrote it, write the model with save_pretrained, and export that."
+"""What to do with a checkpoint that cannot be exported."""
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt")
 _OPTIMIZER_SHARD = re.compile(r"(?:[a-z0-9]+_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt")
 _NAMELESS = "The fp32 master weights have no names and do not fit the model one by one: its own copy is exported."
-_MAX_DIMENSIONS = 64
 _FACTS_OF_A_SAVE = ("global_steps", "ds_version", "dp_world_size", "mp_world_size")
 
 
@@ -282,9 +283,7 @@ class _StateFile:
         value = self.value.get(key)
         if value is None:
             return {}
-        if not isinstance(value, dict) or not all(
-            is_name(name) and isinstance(tensor, LazyTensor) for name, tensor in value.items()
-        ):
+        if not is_state_dict(value):
             _unexpected(self.name, f"{key} is not a mapping from names to tensors")
         return value
 
@@ -307,13 +306,7 @@ class _StateFile:
 
 
 def _is_shapes(group: Any) -> bool:
-    return isinstance(group, dict) and all(
-        is_name(name)
-        and isinstance(shape, tuple)
-        and len(shape) <= _MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size < 2**63 for size in shape)
-        for name, shape in group.items()
-    )
+    return isinstance(group, dict) and all(is_name(name) and are_sizes(shape) for name, shape in group.items())
 
 
 def _read_ranks(paths: Sequence[Path]) -> list[_StateFile]:
@@ -499,7 +492,8 @@ def _buffers(state: _StateFile) -> dict[str, LazyTensor]:
     names = state.value.get("buffer_names") or []
     if not isinstance(names, list) or not all(map(is_name, names)):
         _unexpected(state.name, "buffer_names is not a list of names")
-    return {name: tensor for name, tensor in state.tensors("module").items() if name in set(names)}
+    buffers = set(names)
+    return {name: tensor for name, tensor in state.tensors("module").items() if name in buffers}
 
 
 def _untrained(state: _StateFile) -> dict[str, LazyTensor]:
@@ -554,36 +548,17 @@ def _check_one_save(shards: Sequence[_StateFile]) -> None:
 
 
 def _check_distinct(shards: Sequence[_StateFile]) -> None:
-    """No rank's file is a copy of another's, also where the archive was saved anew: by the archives' checksums."""
-    seen: dict[tuple[int | None, ...], _StateFile] = {}
-    for shard in shards:
-        extents = [extent for part in _partitions(shard, _partition_key(shards)) for extent in part.extents]
-        checksums = tuple(extent.member.crc32 if extent.member else None for extent in extents)
-        other = seen.setdefault(checksums, shard)
-        # torch.save leaves a checksum 0 where it leaves the elements out (torch.serialization.skip_data).
-        if other is not shard and all(checksums) and not all(map(_is_constant, extents)):
-            raise CheckpointError(
-                f"{shard.name} holds the same partitions as {other.name}: one of them is a copy of the other.",
-                "Copy the files of every rank again from where the training wrote them.",
-            )
+    """No rank's file is a copy of another's."""
+    copy = find_copy((shard, _all_extents(shard, _partition_key(shards))) for shard in shards)
+    if copy is not None:
+        raise CheckpointError(
+            f"{copy[0].name} holds the same partitions as {copy[1].name}: one of them is a copy of the other.",
+            "Copy the files of every rank again from where the training wrote them.",
+        )
 
 
-def _is_constant(extent: Extent) -> bool:
-    """Whether all elements are one number, as in padding or in weights that are still as they were initialized."""
-    if _is_hole(extent):
-        return True
-    with SourceFiles() as files:
-        values = {value for block in files.blocks(extent) for value in (block.min().item(), block.max().item())}
-    return len(values) == 1
-
-
-def _is_hole(extent: Extent) -> bool:
-    """Whether the file has no data there on the disk, and so reads as zeros; False where that cannot be asked."""
-    with extent.path.open("rb") as file:
-        try:
-            return os.lseek(file.fileno(), extent.offset, os.SEEK_DATA) >= extent.offset + extent.nbytes
-        except OSError as error:
-            return error.errno == errno.ENXIO
+def _all_extents(shard: _StateFile, key: str) -> list[Extent]:
+    return [extent for part in _partitions(shard, key) for extent in part.extents]
 
 
 def _partition_key(shards: Sequence[_StateFile]) -> str:

@@ -50,7 +50,7 @@ def known_tokens(token: str | None) -> tuple[str, ...]:
 
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_TOKEN")
     login = Path(constants.HF_TOKEN_PATH)
-    is_there = login.is_file() and os.access(login, os.R_OK)
+    is_there = os.path.isfile(login) and os.access(login, os.R_OK)
     saved = login.read_text(encoding="utf-8", errors="replace") if is_there else ""
     found = (token or "", saved, *(os.environ.get(name, "") for name in names))
     return tuple(filter(None, (text.strip() for text in found)))

@@ -14,10 +14,11 @@ from exporter.hub.account import find_token
 from exporter.hub.client import HubClient, bounded_and_quiet
 from exporter.hub.destination import require_repo_id
 from exporter.hub.push import OutgoingFile, PushPlan, git_blob_id, plan_push
-from exporter.hub.repository import MANIFEST_NAME, Repository, Snapshot
+from exporter.hub.repository import Repository, Snapshot
+from exporter.manifest import MANIFEST_NAME
+from exporter.plan import INDEX_NAME
 from exporter.shards import WrittenFile
 
-_INDEX = "model.safetensors.index.json"
 _LIKELY_HEADER = 100_000
 _LARGEST_INDEX = 256 * 1024 * 1024
 
@@ -119,8 +120,8 @@ def require_readable(repository: Repository, snapshot: Snapshot) -> None:
         if size != snapshot.files[path].size:
             _wrong(repository, snapshot, f"the header of {path} is not that of {snapshot.files[path].size} bytes")
         placed |= dict.fromkeys(names, path)
-    if _INDEX in snapshot.files and _weight_map(repository, snapshot) != placed:
-        _wrong(repository, snapshot, f"{_INDEX} and the headers of its weight files do not name the same tensors")
+    if INDEX_NAME in snapshot.files and _weight_map(repository, snapshot) != placed:
+        _wrong(repository, snapshot, f"{INDEX_NAME} and the headers of its weight files do not name the same tensors")
 
 
 def _header(repository: Repository, commit: str, path: str) -> tuple[list[str], int | None]:
@@ -138,10 +139,10 @@ def _header(repository: Repository, commit: str, path: str) -> tuple[list[str], 
 
 
 def _weight_map(repository: Repository, snapshot: Snapshot) -> Any:
-    if snapshot.files[_INDEX].size > _LARGEST_INDEX:
+    if snapshot.files[INDEX_NAME].size > _LARGEST_INDEX:
         return None
     try:
-        return json.loads(repository.read(snapshot.commit, _INDEX)).get("weight_map")
+        return json.loads(repository.read(snapshot.commit, INDEX_NAME)).get("weight_map")
     except (ValueError, AttributeError, RecursionError):
         return None
 

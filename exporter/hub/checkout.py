@@ -85,7 +85,7 @@ class Checkout:
         Raises:
             CredentialError: the repository is gated and the token has no access.
             HubUnreachableError: the Hub does not answer.
-        OutputError: the cache cannot be written.
+            OutputError: the cache cannot be written.
         """
         if self.client is None:
             return

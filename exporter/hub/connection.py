@@ -11,7 +11,8 @@ from exporter.hub.account import ask_account, is_publisher, resolve_token
 from exporter.hub.client import HubClient, bounded_and_quiet
 from exporter.hub.destination import DEFAULT_BRANCH, Destination
 from exporter.hub.push import Forecast, OutgoingFile, PushPlan, forecast_push
-from exporter.hub.repository import MANIFEST_NAME, PullRequest, Repository, Snapshot
+from exporter.hub.repository import PullRequest, Repository, Snapshot
+from exporter.manifest import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo

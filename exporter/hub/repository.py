@@ -6,18 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from exporter.errors import CredentialError, HubRefusedError
 from exporter.hub.client import HubClient
 from exporter.hub.destination import DEFAULT_BRANCH
 from exporter.hub.push import OutgoingFile, PushPlan, RemoteFile, blob_ids_for, plan_push
+from exporter.manifest import MANIFEST_NAME, listed_files
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import GitRefs, ModelInfo
 
-MANIFEST_NAME = "export.json"
 _LARGEST_MANIFEST = 64 * 1024 * 1024
 
 
@@ -91,7 +91,7 @@ class Repository:
 
     def head(self, revision: str) -> str | None:
         """The commit at the end of a branch or of a pull request's reference, None if there is none."""
-        return self._commit(revision) if revision.startswith("refs/") else self.branch_head(revision)
+        return self.commit(revision) if revision.startswith("refs/") else self.branch_head(revision)
 
     def branch_head(self, branch: str) -> str | None:
         """The commit that ``branch`` points at, None if there is no such branch."""
@@ -145,8 +145,8 @@ class Repository:
         published = self._manifest_id(DEFAULT_BRANCH) if numbers else None
         for number in numbers:
             brought = self._manifest_id(f"refs/pr/{number}")
-            if brought is not None and brought != published:
-                return PullRequest(number, self._commit(f"refs/pr/{number}"))
+            if brought not in (None, published) and (head := self.commit(f"refs/pr/{number}")):
+                return PullRequest(number, head)
         return None
 
     def _pull_request_numbers(self, user: str) -> list[int]:
@@ -171,15 +171,10 @@ class Repository:
 
         return self.client.ask("name the commit", look)
 
-    def _commit(self, revision: str) -> str:
-        info = self.client.ask("name the head", lambda: self.client.api.model_info(self.repo_id, revision=revision))
-        return str(info.sha)
-
 
 def manifest_files(content: bytes) -> dict[str, tuple[int, str]]:
     """(size, sha256) by path of the files that an export.json lists; none if it is not one of ours."""
     try:
-        manifest: Any = json.loads(content)
-        return {str(file["path"]): (int(file["size"]), str(file["sha256"])) for file in manifest["files"]}
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return {file.path: (file.size, file.sha256) for file in listed_files(json.loads(content))}
+    except (ValueError, RecursionError):
         return {}

@@ -48,14 +48,15 @@ def convert(files: TokenizerFiles, config: Mapping[str, Any]) -> None:
         )
     try:
         tokenizer = _load(files, config)
-        vocabulary, content = tokenizer.get_vocab(), tokenizer.backend_tokenizer.to_str(pretty=True)
+        content = tokenizer.backend_tokenizer.to_str(pretty=True)
+        is_whole = _is_whole(tokenizer.get_vocab(), files, config)
     except Exception as error:  # the classes raise anything on files that are not theirs
         raise RefusedError(
             f"There is no {TOKENIZER}, and transformers cannot convert the files that there are "
             f"({type(error).__name__}).",
             _HINT,
         ) from error
-    if not _is_whole(vocabulary, files, config):
+    if not is_whole:
         raise RefusedError(f"There is no {TOKENIZER}, and the files do not convert to their own vocabulary.", _HINT)
     files.replace(TOKENIZER, content.encode())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,7 @@ def _prompt_format(name: str) -> _PromptFormat:
 
 def _template_file(path: Path) -> str:
     hint = "Give auto, oasst, chatml, none, or the path of a Jinja chat template."
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"--prompt_format {path.name}: there is no such format or file.", hint)
     try:
         with path.open(encoding="utf-8") as file:
