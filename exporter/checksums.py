@@ -1,20 +1,17 @@
 """The CRC-32 of archive members, checked with the bytes that are read anyway.
 
 A member is read in pieces, by several writers in any order. The checksums of the pieces are combined to that of the
-member, as zlib's ``crc32_combine`` does: appending n bytes multiplies a checksum by x^(8n) modulo the CRC polynomial.
+member.
 """
 
 from __future__ import annotations
 
-import functools
-import zlib
 from collections.abc import Iterable, Mapping
+
+from isal import isal_zlib
 
 from exporter.errors import CheckpointError
 from exporter.tensors import DType, Extent, Member, Piece, SourceFiles
-
-_POLYNOMIAL = 0xEDB88320
-"""The CRC-32 polynomial of zip archives, bits reversed."""
 
 
 def check_members(pieces: Mapping[Member, Iterable[Piece]]) -> int:
@@ -41,11 +38,11 @@ def _checksum(member: Member, pieces: Iterable[Piece]) -> int:
         if piece.offset < position:
             return _crc_of_file(member, member.offset, member.nbytes)
         if gap := piece.offset - position:
-            total = combine(total, _crc_of_file(member, position, gap), gap)
-        total = combine(total, piece.crc32, piece.nbytes)
+            total = isal_zlib.crc32_combine(total, _crc_of_file(member, position, gap), gap)
+        total = isal_zlib.crc32_combine(total, piece.crc32, piece.nbytes)
         position = piece.offset + piece.nbytes
     if rest := member.offset + member.nbytes - position:
-        total = combine(total, _crc_of_file(member, position, rest), rest)
+        total = isal_zlib.crc32_combine(total, _crc_of_file(member, position, rest), rest)
     return total
 
 
@@ -53,32 +50,5 @@ def _crc_of_file(member: Member, offset: int, nbytes: int) -> int:
     crc = 0
     with SourceFiles(checksums=False) as files:
         for block in files.blocks(Extent(member.path, offset, DType.U8, nbytes)):
-            crc = zlib.crc32(memoryview(block.numpy()), crc)
+            crc = isal_zlib.crc32(memoryview(block.numpy()), crc)
     return crc
-
-
-def combine(first: int, second: int, nbytes: int) -> int:
-    """The CRC-32 of two byte strings joined, the second of them ``nbytes`` long."""
-    return _multiply(_shift(nbytes), first) ^ second
-
-
-@functools.lru_cache(maxsize=4096)
-def _shift(nbytes: int) -> int:
-    """x^(8 ``nbytes``) modulo the polynomial."""
-    power, square = 1 << 31, 1 << 23  # x^0 and x^8, bits reversed
-    while nbytes:
-        if nbytes & 1:
-            power = _multiply(square, power)
-        square = _multiply(square, square)
-        nbytes >>= 1
-    return power
-
-
-def _multiply(a: int, b: int) -> int:
-    """The product of two polynomials over GF(2) modulo the CRC polynomial."""
-    product = 0
-    for bit in range(31, -1, -1):
-        if a >> bit & 1:
-            product ^= b
-        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
-    return product

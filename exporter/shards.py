@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from isal import isal_zlib
 
 from exporter.errors import OutputError, VerificationError
 from exporter.plan import PlannedTensor, Shard
@@ -117,7 +118,7 @@ def write_shard(
         _write(output, shard.name, memoryview(header), 0)
         with (folder / shard.name).open("rb", buffering=0) as file:
             digest = hashlib.sha256()
-            _read_back(file, shard.name, len(header), zlib.crc32(header), digest)
+            _read_back(file, shard.name, len(header), isal_zlib.crc32(header), digest)
             with _submitted(workers, shard, output, progress, check) as futures:
                 for future in futures:
                     written = future.result()
@@ -161,7 +162,7 @@ def _write_batch(
     with SourceFiles() as files:
         for block in _pieces(batch, files, nonfinite):
             _write(output, name, block, position)
-            crc = zlib.crc32(block, crc)
+            crc = isal_zlib.crc32(block, crc)
             position += len(block)
             progress(len(block))
     if hasattr(os, "posix_fadvise"):
@@ -177,7 +178,7 @@ def _read_back(file: BinaryIO, name: str, nbytes: int, crc32: int, digest: hashl
     crc = 0
     try:
         while nbytes and (block := file.read(min(nbytes, BLOCK_BYTES))):
-            crc = zlib.crc32(block, crc)
+            crc = isal_zlib.crc32(block, crc)
             digest.update(block)
             nbytes -= len(block)
     except OSError as error:

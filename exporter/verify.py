@@ -26,7 +26,7 @@ from exporter.hub import ModelId, find_in_cache
 from exporter.plan import PlannedTensor, Shard
 from exporter.processor import PROCESSOR_FILES
 from exporter.shards import DISK_HINT, Batch, Portion, Progress, WrittenFile, batches, cast_blocks
-from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles, bits, is_same, same_bits
+from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles, are_equal, is_same, same_bits
 
 if TYPE_CHECKING:
     import torch
@@ -122,12 +122,9 @@ def _opened(shard: Shard, folder: Path) -> Iterator[Any]:
 
 
 def _check_portion(file: str, portion: Portion, found: torch.Tensor, files: SourceFiles) -> None:
-    import torch
-
     tensor, position = portion.tensor, portion.start
     for _, expected in cast_blocks(tensor, files):
-        part = found[position : position + expected.numel()]
-        if not torch.equal(bits(part), bits(expected)):
+        if not are_equal(found[position : position + expected.numel()], expected):
             raise VerificationError(
                 f"{file}: {tensor.name} differs from the checkpoint after element {position}.", DISK_HINT
             )

@@ -20,7 +20,7 @@ from exporter.checkpoints.checkpoint import Checkpoint
 from exporter.checkpoints.copies import find_copy
 from exporter.checkpoints.zero import Slice, choose_tag, has_file, read_slices
 from exporter.errors import CheckpointError, IncompleteCheckpointError, RefusedError
-from exporter.tensors import BLOCK_BYTES, DType, LazyTensor, SourceFiles, StoredTensor
+from exporter.tensors import BLOCK_BYTES, DType, LazyTensor, SourceFiles, StoredTensor, are_equal
 
 if TYPE_CHECKING:
     import torch
@@ -308,11 +308,8 @@ class JoinedTensor(LazyTensor):
         return self._agreed(copies, found)
 
     def _agreed(self, copies: Sequence[Strip], values: Sequence[torch.Tensor]) -> torch.Tensor:
-        import torch
-
-        first = values[0].contiguous().view(torch.uint8)
         for copy, value in zip(copies, values, strict=True):
-            if not torch.equal(value.contiguous().view(torch.uint8), first):
+            if not are_equal(value, values[0]):
                 raise RefusedError(
                     f"{self.name} should be the same on the tensor-parallel ranks {copies[0].rank} and {copy.rank}, "
                     "and is not.",

@@ -12,12 +12,13 @@ import hashlib
 import io
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
+
+from isal import isal_zlib
 
 from exporter.checkpoints import archive
 from exporter.checkpoints.archive import Archive, Region, damaged, read_archive
@@ -196,8 +197,8 @@ def _read_member(path: Path, file: BinaryIO, contents: Archive, name: str, limit
         damaged(path, f"its member {name} has {member.nbytes} bytes, expected at most {limit}")
     file.seek(member.offset)
     data = file.read(member.nbytes)
-    if member.crc32 not in (None, zlib.crc32(data)):
-        damaged(path, f"its member {name} has the CRC-32 {zlib.crc32(data):08x}, expected {member.crc32:08x}")
+    if member.crc32 not in (None, isal_zlib.crc32(data)):
+        damaged(path, f"its member {name} has the CRC-32 {isal_zlib.crc32(data):08x}, expected {member.crc32:08x}")
     return data
 
 
