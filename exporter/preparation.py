@@ -34,6 +34,7 @@ from exporter.processor import read_processor
 from exporter.report import Report
 from exporter.reward_model import as_reward_model
 from exporter.source import CodeElsewhere, open_kept_adapter, open_model
+from exporter.tensors import read_ahead
 from exporter.tokenizer import Vocabulary, settle_vocabulary
 from exporter.weights import PlannedWeights, plan_adapter, plan_weights
 
@@ -80,6 +81,8 @@ def prepare_model(options: Options, access: HubAccess, console: Console) -> Prep
     checkpoint, config = open_with_config(options, access, console)
     for note in checkpoint.notes:
         console.note(note)
+    if not options.dry_run:
+        read_ahead((checkpoint.model or checkpoint.master or {}).values())
     generation_config = read_generation_config(checkpoint.config_folder)
     vocabulary = settle_vocabulary(
         checkpoint.tokenizer_folder,
