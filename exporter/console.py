@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ def say(text: str, *, err: bool = False) -> None:
             ) from error
 
 
+class Abandoned(Exception):
+    """Ends the work of a thread that nobody waits for any more."""
+
+
 @dataclass(frozen=True)
 class Console:
     """Notes and progress; neither is the result, so neither goes to stdout."""
@@ -47,13 +52,23 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Progress]:
-        """A bar of ``total`` bytes on a terminal; nothing in a pipe."""
+        """A bar of ``total`` bytes on a terminal; nothing in a pipe.
+
+        Threads that are still at work when the block is left, because one of them failed or the run was interrupted,
+        end at their next step: Abandoned is raised in them.
+        """
         from tqdm import tqdm
 
         silent = self.quiet or sys.stderr is None or not sys.stderr.isatty()
+        left = threading.Event()
         with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=silent, leave=False) as bar:
 
             def advance(count: int) -> None:
+                if left.is_set():
+                    raise Abandoned
                 bar.update(count)
 
-            yield advance
+            try:
+                yield advance
+            finally:
+                left.set()

@@ -11,7 +11,7 @@ from typing import Any
 
 from exporter.errors import VerificationError
 from exporter.plan import Shard
-from exporter.shards import NonFinite, WrittenFile, WrittenShard, write_file
+from exporter.shards import NonFinite, Progress, WrittenFile, WrittenShard, write_file
 from exporter.tensors import Member, Piece
 from exporter.verify import check_file
 
@@ -39,11 +39,11 @@ class Journal:
             if not self._record(path.name).exists():
                 path.unlink()
 
-    def finished(self, shard: Shard) -> WrittenShard | None:
+    def finished(self, shard: Shard, progress: Progress) -> WrittenShard | None:
         """The shard as an earlier run finished it; None if it did not, or the file is no longer what it wrote."""
         try:
             written = _load(self._record(shard.name).read_bytes(), self.sources)
-            check_file(written.file, self.folder)
+            check_file(written.file, self.folder, progress)
         except (FileNotFoundError, ValueError, KeyError, TypeError, VerificationError):
             return None
         return written if (written.file.path, written.file.size) == (shard.name, shard.size) else None

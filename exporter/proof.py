@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +23,7 @@ from exporter.manifest import MANIFEST_NAME, read_manifest_files
 from exporter.options import TARGETS, Options
 from exporter.preparation import open_with_config
 from exporter.report import Report
+from exporter.shards import block_workers
 from exporter.source import open_kept_adapter
 from exporter.tokenizer import QUESTION, Vocabulary, settle_vocabulary
 from exporter.verify import Check, check_file, check_loads, check_shard
@@ -54,7 +56,7 @@ def run_verify(options: ProofOptions, report: Report, console: Console) -> None:
     if not os.path.isdir(options.folder):
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
-        report.checks.append(check_files(options.folder))
+        report.checks.append(check_files(options.folder, console))
     if options.checkpoint is not None:
         with report.timed("source"):
             report.checks.append(_check_source(options, options.checkpoint, report, console))
@@ -95,15 +97,15 @@ def prove_on_hub(repo_id: str, revision: str, report: Report) -> None:
     report.status = "verified"
 
 
-def check_files(folder: Path) -> Check:
+def check_files(folder: Path, console: Console) -> Check:
     """The folder holds the files of its manifest, as they were written, and no others."""
     files = read_manifest_files(folder)
     listed = {file.path for file in files} | {MANIFEST_NAME}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     for name in sorted(found - listed):
         raise VerificationError(f"{name} is in the folder but not in {MANIFEST_NAME}.", _HINT)
-    for file in files:
-        check_file(file, folder)
+    with ThreadPoolExecutor() as pool, console.progress("Checking files", sum(file.size for file in files)) as progress:
+        list(pool.map(lambda file: check_file(file, folder, progress), files))
     return Check("files", "passed", f"{len(files)} files have the size and sha256 of {MANIFEST_NAME}")
 
 
@@ -141,9 +143,12 @@ def _check_source(options: ProofOptions, path: Path, report: Report, console: Co
         raise VerificationError(
             f"The weight file {name} is in the folder or in the checkpoint's plan, not in both.", _HINT
         )
-    with console.progress("Comparing weights", planned.plan.total_size) as progress:
+    with (
+        block_workers(None) as workers,
+        console.progress("Comparing weights", planned.plan.total_size) as progress,
+    ):
         for shard in planned.plan.shards:
-            check_shard(shard, options.folder, progress)
+            check_shard(shard, options.folder, workers, progress)
     count = len(planned.plan.tensors)
     return Check("source", "passed", f"{count} tensors equal the checkpoint bit for bit after the cast")
 

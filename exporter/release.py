@@ -41,7 +41,7 @@ def run_publish(options: PublishOptions, report: Report, console: Console) -> No
     if not os.path.isdir(options.folder):
         raise UsageError(f"There is no folder {options.folder.name!r}.", "Name a folder that this program exported.")
     with report.timed("files"):
-        report.checks.append(check_files(options.folder))
+        report.checks.append(check_files(options.folder, console))
     destination = options.destination(_repository(options))
     manifest = (options.folder / MANIFEST_NAME).read_bytes()
     own = WrittenFile(MANIFEST_NAME, len(manifest), hashlib.sha256(manifest).hexdigest())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,11 @@ BATCH_BYTES = 32 * 1024 * 1024
 """About what one worker writes at a time."""
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes that were written since the last call."""
+"""Called with the number of bytes that were written, checked or sent since the last call."""
+
+
+def uncounted(size: int) -> None:
+    """Progress that nobody is shown."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,16 @@ class Batch:
     def nbytes(self) -> int:
         """Size in the file, in bytes."""
         return sum(portion.tensor.nbytes for portion in self.portions)
+
+
+def block_workers(count: int | None) -> ThreadPoolExecutor:
+    """``count`` threads (None: about as many as cores) for work on blocks.
+
+    Blocks are small and lie side by side: torch's own threads would only wait for one another.
+    """
+    import torch
+
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def batches(shard: Shard) -> Iterator[Batch]:

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from exporter.errors import CheckpointError, ExportError, RefusedError, Verifica
 from exporter.hub import ModelId, find_in_cache
 from exporter.plan import PlannedTensor, Shard
 from exporter.processor import PROCESSOR_FILES
-from exporter.shards import DISK_HINT, Batch, Portion, Progress, WrittenFile, batches, cast_blocks
+from exporter.shards import DISK_HINT, Batch, Portion, Progress, WrittenFile, batches, cast_blocks, uncounted
 from exporter.tensors import BLOCK_BYTES, LazyTensor, SourceFiles, are_equal, is_same, same_bits
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Check:
     detail: str
 
 
-def check_file(file: WrittenFile, folder: Path) -> None:
+def check_file(file: WrittenFile, folder: Path, progress: Progress = uncounted) -> None:
     """The file on the disk has the size and sha256 that were recorded.
 
     Raises:
@@ -53,6 +54,7 @@ def check_file(file: WrittenFile, folder: Path) -> None:
         with path.open("rb") as opened:
             while block := opened.read(BLOCK_BYTES):
                 digest.update(block)
+                progress(len(block))
             size = opened.tell()
     except OSError as error:
         raise VerificationError(f"{file.path} cannot be read: {error.strerror}.", DISK_HINT) from error
@@ -64,15 +66,14 @@ def check_file(file: WrittenFile, folder: Path) -> None:
         )
 
 
-def check_shard(shard: Shard, folder: Path, progress: Progress) -> None:
-    """Every tensor of the written shard equals its source, bit for bit after the cast.
+def check_shard(shard: Shard, folder: Path, workers: Executor, progress: Progress) -> None:
+    """Every tensor of the written shard equals its source, bit for bit after the cast; ``workers`` compare batches.
 
     Raises:
         VerificationError: a tensor is missing, left over, of another dtype or shape, or has another value.
     """
     check_names(shard, folder)
-    for batch in batches(shard):
-        check_batch(shard, batch, folder, progress)
+    list(workers.map(lambda batch: check_batch(shard, batch, folder, progress), batches(shard)))
 
 
 def check_names(shard: Shard, folder: Path) -> None:
@@ -133,7 +134,7 @@ def _check_portion(file: str, portion: Portion, found: torch.Tensor, files: Sour
         raise VerificationError(f"{file}: {tensor.name} has {position} elements in the checkpoint.", DISK_HINT)
 
 
-def check_copy(tensor: PlannedTensor, copy: LazyTensor) -> None:
+def check_copy(tensor: PlannedTensor, copy: LazyTensor, progress: Progress) -> None:
     """The checkpoint's master weights, cast, are the model's own copy bit for bit.
 
     So it is in every healthy checkpoint (DeepSpeed ZeRO-1, 2, and 3 where weights were gathered); a rank's file mixed
@@ -145,12 +146,18 @@ def check_copy(tensor: PlannedTensor, copy: LazyTensor) -> None:
     cast = PlannedTensor(tensor.name, copy.dtype, tensor.source)
     with SourceFiles() as mine, SourceFiles() as theirs:
         blocks = (written for _, written in cast_blocks(cast, mine))
-        same = tensor.shape == copy.shape and same_bits(blocks, copy.blocks(theirs))
+        same = tensor.shape == copy.shape and same_bits(blocks, _counted(copy.blocks(theirs), progress))
     if not same:
         raise CheckpointError(
             f"{tensor.name} in the optimizer's master weights is not what the model's own copy says.",
             "A file is another rank's or of another save: copy all files of one save, or remove a left-over copy.",
         )
+
+
+def _counted(blocks: Iterator[torch.Tensor], progress: Progress) -> Iterator[torch.Tensor]:
+    for block in blocks:
+        progress(block.nbytes)
+        yield block
 
 
 def require_equal(tied_values: Mapping[str, tuple[LazyTensor, str]], weights: Mapping[str, LazyTensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
@@ -21,7 +20,16 @@ from exporter.plan import ExportPlan, Shard
 from exporter.preparation import Prepared
 from exporter.publisher import outgoing
 from exporter.report import Report, package_versions
-from exporter.shards import Batch, NonFinite, Progress, WrittenFile, WrittenShard, write_file, write_shard
+from exporter.shards import (
+    Batch,
+    NonFinite,
+    Progress,
+    WrittenFile,
+    WrittenShard,
+    block_workers,
+    write_file,
+    write_shard,
+)
 from exporter.staging import Staging
 from exporter.tensors import GrownTensor, LazyTensor, Member, Piece
 from exporter.verify import Check, check_batch, check_copy, check_file, check_names
@@ -72,39 +80,30 @@ def write_shards(
 ) -> list[WrittenShard]:
     """Write, check and send several shards at a time: the threads of ``pool`` hash them, ``workers`` do all else."""
     shards = planned.plan.shards
-    passes = 1 + (options.verify != "files") + (push is not None)
-    stopped = threading.Event()
+    work = planned.plan.total_size * (1 + (options.verify != "files") + (push is not None))
+    work += sum(copy.nbytes for copy in planned.copies.values()) if options.verify != "files" else 0
     with (
-        console.progress("Exporting weights", planned.plan.total_size * passes) as progress,
-        ThreadPoolExecutor(max_workers=options.jobs, initializer=_one_thread) as workers,
+        block_workers(options.jobs) as workers,
         ThreadPoolExecutor(max_workers=options.jobs) as pool,
+        console.progress("Exporting weights", work) as progress,
     ):
-
-        def advance(count: int) -> None:
-            if stopped.is_set():
-                raise InterruptedError("another shard failed, or the run was interrupted")
-            progress(count)
 
         def start(number: int) -> list[Future[WrittenShard]]:
             return [
-                pool.submit(_written_and_checked, shard, planned, staging, options, workers, advance)
+                pool.submit(_written_and_checked, shard, planned, staging, options, workers, progress)
                 for shard in itertools.islice(waiting, number)
             ]
 
         waiting, finished = iter(shards), []
         running = set(start(_staged_shards(options)))
-        try:
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    finished.append(future.result())
-                    if push is not None:
-                        _send_ahead(push, finished[-1], staging, options)
-                        advance(finished[-1].file.size)
-                    running.update(start(1))
-        finally:  # where a shard failed, or the run was interrupted, the others stop at their next block
-            stopped.set()
-            pool.shutdown(cancel_futures=True)
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                finished.append(future.result())
+                if push is not None:
+                    _send_ahead(push, finished[-1], staging, options)
+                    progress(finished[-1].file.size)
+                running.update(start(1))
     return sorted(finished, key=lambda written: written.file.path)
 
 
@@ -116,20 +115,12 @@ def _send_ahead(push: Push, written: WrittenShard, staging: Staging, options: Op
         staging.journal.remove(written)
 
 
-def _one_thread() -> None:
-    """Blocks are small and jobs run side by side: torch's own threads would only wait for one another."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 def _written_and_checked(
     shard: Shard, planned: PlannedWeights, staging: Staging, options: Options, workers: Executor, progress: Progress
 ) -> WrittenShard:
     """The shard on the disk and proven, now or by an earlier run."""
-    written = staging.journal.finished(shard)
+    written = staging.journal.finished(shard, progress)
     if written is not None:
-        progress(shard.size)
         return written
 
     def check(batch: Batch) -> None:
@@ -142,7 +133,8 @@ def _written_and_checked(
         check_names(shard, staging.folder)
         copied = [tensor for tensor in shard.tensors if tensor.name in planned.copies]
         masters = [replace(tensor, source=_ungrown(tensor.source)) for tensor in copied]
-        list(workers.map(check_copy, masters, [planned.copies[tensor.name] for tensor in copied]))
+        copies = [planned.copies[tensor.name] for tensor in copied]
+        list(workers.map(check_copy, masters, copies, itertools.repeat(progress)))
     staging.journal.add(written)
     return written
 

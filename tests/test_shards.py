@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from exporter import shards, tensors
 from exporter.errors import OutputError, VerificationError
 from exporter.plan import Shard, plan_export
-from exporter.shards import Batch, NonFinite, Progress, WrittenShard, batches, write_file, write_shard
+from exporter.shards import Batch, NonFinite, Progress, WrittenShard, batches, block_workers, write_file, write_shard
 from exporter.tensors import DType, GrownTensor, LazyTensor
 from exporter.verify import check_file, check_shard
 from tests.test_tensors import BLOCK, store
@@ -59,7 +59,8 @@ def write(sources: dict[str, LazyTensor], dtype: DType, folder: Path) -> Written
     assert written.file.size == shard.size == len(content) == len(shard.header) + sum(sizes)
     assert written.file.sha256 == hashlib.sha256(content).hexdigest()
     check_file(written.file, folder)
-    check_shard(shard, folder, sizes.append)
+    with block_workers(2) as workers:
+        check_shard(shard, folder, workers, sizes.append)
     return written
 
 

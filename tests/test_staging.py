@@ -18,7 +18,7 @@ import pytest
 from exporter.errors import CheckpointError, HubRefusedError, HubUnreachableError, OutputError
 from exporter.manifest import MANIFEST_NAME
 from exporter.plan import Shard
-from exporter.shards import NonFinite, WrittenShard, write_file
+from exporter.shards import NonFinite, WrittenShard, uncounted, write_file
 from exporter.staging import Staging, check_output_folder, place_export, private_place, staging_folder
 from exporter.tensors import Member, Piece
 
@@ -147,9 +147,9 @@ def test_what_an_interrupted_run_finished_is_taken_over(stop: BaseException, tmp
         raise stop
     assert {path.name for path in tmp_path.iterdir()} == {".out.partial"}
     with staging_folder(tmp_path / "out", KEY, 1, SOURCES) as staging:
-        assert staging.journal.finished(planned("model-1.safetensors", 7)) == first
+        assert staging.journal.finished(planned("model-1.safetensors", 7), uncounted) == first
         assert staging.journal.finished_bytes == 7
-        assert staging.journal.finished(planned("model-2.safetensors", 4)) is None
+        assert staging.journal.finished(planned("model-2.safetensors", 4), uncounted) is None
         assert [path.name for path in staging.folder.iterdir()] == ["model-1.safetensors"]
     assert list(tmp_path.iterdir()) == []
 
@@ -157,7 +157,7 @@ def test_what_an_interrupted_run_finished_is_taken_over(stop: BaseException, tmp
 def test_what_was_finished_names_the_files_of_a_checkpoint_that_was_moved(tmp_path: Path) -> None:
     interrupted(tmp_path / "out")
     with staging_folder(tmp_path / "out", KEY, 1, {"y.pt": Path("/moved/y.pt")}) as staging:
-        taken_over = staging.journal.finished(planned("model-1.safetensors", 7))
+        taken_over = staging.journal.finished(planned("model-1.safetensors", 7), uncounted)
         assert taken_over is not None and [member.path for member in taken_over.pieces] == [Path("/moved/y.pt")]
 
 
@@ -166,7 +166,7 @@ def test_what_was_finished_of_another_checkpoint_is_not_taken_over(tmp_path: Pat
         written(staging, "model-1.safetensors")
         raise KeyboardInterrupt
     with staging_folder(tmp_path / "out", "b" * 64, 1, SOURCES) as staging:
-        assert staging.journal.finished(planned("model-1.safetensors", 7)) is None
+        assert staging.journal.finished(planned("model-1.safetensors", 7), uncounted) is None
         assert list(staging.folder.iterdir()) == []
 
 
@@ -177,7 +177,7 @@ def test_a_finished_shard_that_is_not_what_was_recorded_is_not_taken_over(conten
         (staging.folder / "model-1.safetensors").write_bytes(content)
         raise KeyboardInterrupt
     with staging_folder(tmp_path / "out", KEY, 1, SOURCES) as staging:
-        assert staging.journal.finished(planned("model-1.safetensors", 7)) is None
+        assert staging.journal.finished(planned("model-1.safetensors", 7), uncounted) is None
 
 
 @pytest.mark.parametrize("record", [b"", b"{}", b"[]", b'{"file": 1}', b"\xff"])
@@ -185,7 +185,7 @@ def test_a_damaged_record_is_none(record: bytes, tmp_path: Path) -> None:
     with staging_folder(tmp_path / "out", KEY, 1, SOURCES) as staging:
         written(staging, "model-1.safetensors")
         (staging.journal.records / "model-1.safetensors.json").write_bytes(record)
-        assert staging.journal.finished(planned("model-1.safetensors", 7)) is None
+        assert staging.journal.finished(planned("model-1.safetensors", 7), uncounted) is None
 
 
 def test_what_a_failed_run_wrote_goes_away(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from exporter.hub.destination import DEFAULT_BRANCH
 from exporter.hub.failures import LOOK_FIRST
 from exporter.hub.push import OutgoingFile, PushPlan
 from exporter.hub.repository import Snapshot
-from exporter.hub.upload import Progress, Upload, uncounted
+from exporter.hub.upload import Upload
+from exporter.shards import Progress, uncounted
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

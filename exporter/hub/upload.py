@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -13,6 +13,7 @@ from exporter.errors import HubRefusedError, OutputError
 from exporter.hub.connection import Note
 from exporter.hub.push import OutgoingFile
 from exporter.hub.repository import Repository
+from exporter.shards import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -21,13 +22,6 @@ _BATCH_BYTES = 256 * 1024 * 1024
 _BATCH_FILES = 256
 _NOTHING_IGNORED = "#\n"
 """A .gitignore of no pattern, instead of the repository's own. A Hub may take an empty text for none given."""
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were sent since the last call."""
-
-
-def uncounted(size: int) -> None:
-    """Counts nothing."""
 
 
 @dataclass
