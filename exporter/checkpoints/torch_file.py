@@ -175,7 +175,7 @@ def _read(path: Path, file: BinaryIO, size: int, twin: TorchFile | None) -> Torc
 
 def _read_archive(path: Path, region: Region, twin: TorchFile | None = None) -> TorchFile:
     contents, file = read_archive(path, region), region.file
-    if "byteorder" in contents.members and _read_member(path, file, contents, "byteorder", 16) != b"little":
+    if contents.member("byteorder") is not None and _read_member(path, file, contents, "byteorder", 16) != b"little":
         damaged(path, "its tensors are not little-endian")
     pickle = _read_member(path, file, contents, "data.pkl", MAX_PICKLE_BYTES)
     digest = hashlib.sha256(pickle).digest()
@@ -190,7 +190,7 @@ def _read_archive(path: Path, region: Region, twin: TorchFile | None = None) -> 
 
 
 def _read_member(path: Path, file: BinaryIO, contents: Archive, name: str, limit: int) -> bytes:
-    member = contents.members.get(name)
+    member = contents.member(name)
     if member is None:
         damaged(path, f"it has no member {name}")
     if member.nbytes > limit:
@@ -203,7 +203,7 @@ def _read_member(path: Path, file: BinaryIO, contents: Archive, name: str, limit
 
 
 def _find_storage(path: Path, contents: Archive, key: str, nbytes: int) -> _Place:
-    member = contents.members.get(f"data/{key}")
+    member = contents.member(f"data/{key}")
     if member is None:
         damaged(path, f"it lacks the storage {key!r:.100}")
     if member.nbytes != nbytes:
