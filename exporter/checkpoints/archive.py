@@ -12,8 +12,6 @@ import stat
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
@@ -50,12 +48,9 @@ _DESCRIPTOR_FLAG, _UTF8_FLAG = 0x0008, 0x0800
 _ELSEWHERE = 0xFFFFFFFF
 """Stands in a 32-bit field whose value is in the zip64 extra field."""
 
-_WIDENED = ("nbytes", "packed", "offset")
-_WIDE_ENTRY = [(name, "<i8" if name in _WIDENED else kind) for name, kind in _ENTRY]
-
-_NEAR_BYTES = 4096
-_RUN_BYTES = 1024 * 1024
-"""Local headers with less than ``_NEAR_BYTES`` between them are read at once, about ``_RUN_BYTES`` at most."""
+_BATCH = 4096
+_NEAR_BYTES = 512
+"""Local headers are looked at ``_BATCH`` at a time, and read at once where there is no more than this between them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +90,20 @@ class Region:
         return os.pread(self.file.fileno(), length, self.offset + position) if length else b""
 
 
+@dataclass(frozen=True, eq=False)
+class _Directory:
+    """All entries in the order of their local headers: ``names``, and in columns their ``fields`` (``_ENTRY``).
+
+    The last three are such fields too, with the values of zip64.
+    """
+
+    names: list[bytes]
+    fields: NDArray[void]
+    nbytes: NDArray[int64]
+    packed: NDArray[int64]
+    offset: NDArray[int64]
+
+
 def read_archive(path: Path, region: Region) -> Archive:
     """The members of the archive that ``region`` of the file ``path`` holds, at their places in that file.
 
@@ -104,15 +113,15 @@ def read_archive(path: Path, region: Region) -> Archive:
         CheckpointError: the archive is damaged, or holds what torch.save never writes.
     """
     start, stop, count = _find_directory(path, region)
-    names, entries = _read_entries(path, _pread(path, region, stop - start, start), count)
-    if not names or entries["offset"][0] != 0:
+    directory = _read_directory(path, _pread(path, region, stop - start, start), count)
+    if not directory.names or directory.offset[0] != 0:
         damaged(path, "its first member does not lie at its start")
-    root = _find_root(path, names)
-    _check_plain(path, names, entries)
-    rows = _number(path, names)
-    offset = _find_data(path, region, names, entries, start)
-    crc32 = entries["crc32"].copy() if entries["crc32"].any() else None
-    return Archive(root, path, rows, region.offset + offset, entries["nbytes"].copy(), crc32)
+    root = _find_root(path, directory.names)
+    _check_plain(path, directory)
+    rows = _number(path, directory.names)
+    begins = _find_data(path, region, directory, start)
+    crc32 = directory.fields["crc32"].copy()
+    return Archive(root, path, rows, region.offset + begins, directory.nbytes, crc32 if crc32.any() else None)
 
 
 def _find_directory(path: Path, region: Region) -> tuple[int, int, int]:
@@ -148,26 +157,24 @@ def _read_end64(path: Path, region: Region, offset: int, locator: bytes, narrow:
     return wide
 
 
-def _read_entries(path: Path, directory: bytes, count: int) -> tuple[list[bytes], NDArray[void]]:
-    """Names and fields (``_WIDE_ENTRY``) of all entries, in the order of their local headers."""
+def _read_directory(path: Path, directory: bytes, count: int) -> _Directory:
     import numpy
 
     positions = _positions(path, directory, count)
-    narrow = _gather(directory, positions, _ENTRY)
-    if (narrow["signature"] != int.from_bytes(b"PK\x01\x02", "little")).any() or narrow["disk"].any():
+    fields = _gather(directory, positions, _ENTRY)
+    if (fields["signature"] != int.from_bytes(b"PK\x01\x02", "little")).any() or fields["disk"].any():
         damaged(path, "its directory is not a list of members")
     starts = positions + _ENTRY_BYTES
-    stops = starts + narrow["name_length"]
-    entries = narrow.astype(_WIDE_ENTRY)
-    is_wide = numpy.logical_or.reduce([narrow[name] == _ELSEWHERE for name in _WIDENED])
+    stops = starts + fields["name_length"]
+    nbytes, packed, offset = (fields[name].astype(numpy.int64) for name in ("nbytes", "packed", "offset"))
+    is_wide = (nbytes == _ELSEWHERE) | (packed == _ELSEWHERE) | (offset == _ELSEWHERE)
     for row in numpy.flatnonzero(is_wide).tolist():
-        extra = directory[stops[row] : stops[row] + narrow["extra_length"][row]]
-        wide = _widen(path, extra, [int(narrow[name][row]) for name in _WIDENED])
-        for name, value in zip(_WIDENED, wide, strict=True):
-            entries[name][row] = value
-    order = numpy.argsort(entries["offset"], kind="stable")
+        extra = directory[stops[row] : stops[row] + fields["extra_length"][row]]
+        wide = _widen(path, extra, [int(nbytes[row]), int(packed[row]), int(offset[row])])
+        nbytes[row], packed[row], offset[row] = wide
+    order = numpy.argsort(offset, kind="stable")
     names = [directory[start:stop] for start, stop in zip(starts[order].tolist(), stops[order].tolist(), strict=True)]
-    return names, entries[order]
+    return _Directory(names, _gather(directory, positions[order], _ENTRY), nbytes[order], packed[order], offset[order])
 
 
 def _positions(path: Path, directory: bytes, count: int) -> NDArray[int64]:
@@ -192,8 +199,9 @@ def _gather(data: bytes, positions: NDArray[int64], fields: list[tuple[str, str]
     import numpy
 
     kind = numpy.dtype(fields)
-    anywhere: NDArray[void] = numpy.ndarray((max(len(data) - kind.itemsize + 1, 0),), kind, data, strides=(1,))
-    return anywhere[positions]
+    opaque = numpy.dtype((numpy.void, kind.itemsize))  # is copied as a whole, and not field by field
+    anywhere: NDArray[void] = numpy.ndarray((max(len(data) - kind.itemsize + 1, 0),), opaque, data, strides=(1,))
+    return anywhere[positions].view(kind)
 
 
 def _widen(path: Path, extra: bytes, narrow: list[int]) -> list[int]:
@@ -214,24 +222,24 @@ def _find_root(path: Path, names: Sequence[bytes]) -> str:
     """The one folder that all members lie in, and no program among them."""
     root = names[0].partition(b"/")[0]
     prefix = root + b"/"
-    if any(map(methodcaller("startswith", (prefix + b"code/", prefix + b"constants.pkl")), names)):
+    if [name for name in names if name.startswith((prefix + b"code/", prefix + b"constants.pkl"))]:
         raise CheckpointError(
             f"{path.name} is a TorchScript archive, which holds a program; expected a file of torch.save.",
             "Load it with torch.jit.load and save its state_dict() with torch.save.",
         )
     _decode(path, b"\0".join(names))  # which is UTF-8 where each name is
-    is_below = methodcaller("startswith", prefix)
-    if root in (b"", b".", b"..") or not all(map(is_below, names)):
-        stray = names[0] if root in (b"", b".", b"..") else next(name for name in names if not is_below(name))
-        damaged(path, f"its member {_decode(path, stray)!r:.100} does not lie in one folder with the others")
+    strays = names if root in (b"", b".", b"..") else [name for name in names if not name.startswith(prefix)]
+    if strays:
+        damaged(path, f"its member {_quoted(strays[0])} does not lie in one folder with the others")
     return _decode(path, root)
 
 
-def _check_plain(path: Path, names: Sequence[bytes], entries: NDArray[void]) -> None:
-    is_packed = (entries["method"] != 0) | (entries["packed"] != entries["nbytes"])
-    file_type = entries["attributes"] >> 16 & stat.S_IFMT(0xFFFF)
+def _check_plain(path: Path, directory: _Directory) -> None:
+    names, fields = directory.names, directory.fields
+    is_packed = (fields["method"] != 0) | (directory.packed != directory.nbytes)
+    file_type = fields["attributes"] >> 16 & stat.S_IFMT(0xFFFF)
     is_special = (file_type != 0) & (file_type != stat.S_IFREG)
-    is_special |= entries["flags"] & (0xFFFF - _DESCRIPTOR_FLAG - _UTF8_FLAG) != 0
+    is_special |= fields["flags"] & (0xFFFF - _DESCRIPTOR_FLAG - _UTF8_FLAG) != 0
     _refuse(
         path,
         (is_packed, lambda row: f"its member {_below(names[row])} is compressed, expected stored"),
@@ -271,68 +279,84 @@ def _decode(path: Path, name: bytes) -> str:
         damaged(path, "a member's name is not UTF-8")
 
 
-def _find_data(
-    path: Path, region: Region, names: Sequence[bytes], entries: NDArray[void], directory: int
-) -> NDArray[int64]:
+def _find_data(path: Path, region: Region, directory: _Directory, limit: int) -> NDArray[int64]:
     """Where in ``region`` each member's data begins: after its local header, which must say what the directory says.
 
-    With the descriptor flag, torch.save leaves sizes and checksum of the local header zero. The data must end before
-    the next header, or the ``directory``, begins.
+    The data must end before the next local header begins, and that of the last member at byte ``limit``.
     """
     import numpy
 
-    lengths = entries["name_length"].astype(numpy.int64) + _LOCAL_BYTES
-    headers = _read_headers(path, region, entries["offset"], lengths)
-    local = _gather(b"".join(headers), numpy.cumsum(lengths) - lengths, _LOCAL)
-    has_name = numpy.fromiter(map(bytes.endswith, headers, names), numpy.bool_, len(names))
-    has_name &= local["name_length"] == entries["name_length"]
-    begins: NDArray[int64] = entries["offset"] + lengths + local["extra_length"]
-    limits = numpy.append(entries["offset"][1:], directory)
+    names, fields, offset = directory.names, directory.fields, directory.offset
+    local, has_name = _read_headers(path, region, directory)
+    has_name &= local["name_length"] == fields["name_length"]
+    begins: NDArray[int64] = offset + _LOCAL_BYTES + local["name_length"] + local["extra_length"]
+    limits = numpy.append(offset[1:], limit)
 
     def overlap(row: int) -> str:
-        end = int(begins[row]) + int(entries["nbytes"][row])
+        end = int(begins[row]) + int(directory.nbytes[row])
         return f"its member {_below(names[row])} ends at byte {end}, where another begins at byte {limits[row]}"
 
     _refuse(
         path,
         (
-            ~_agree(local, entries),
+            ~_agree(local, directory),
             lambda row: f"the local header of its member {_quoted(names[row])} disagrees with the directory",
         ),
         (~has_name, lambda row: f"its directory places {_quoted(names[row])} where another member lies"),
-        (entries["nbytes"] > limits - begins, overlap),
+        (directory.nbytes > limits - begins, overlap),
     )
     return begins
 
 
-def _agree(local: NDArray[void], entries: NDArray[void]) -> NDArray[bool_]:
-    """Which local headers say what the directory says, or with the descriptor flag nothing."""
+def _agree(local: NDArray[void], directory: _Directory) -> NDArray[bool_]:
+    """Which local headers say what the directory says.
+
+    With the descriptor flag, torch.save leaves sizes and checksum of the local header zero.
+    """
     is_deferred = (local["crc32"] == 0) & (local["packed"] == 0) & (local["nbytes"] == 0)
     is_deferred &= local["flags"] & _DESCRIPTOR_FLAG != 0
-    is_same = local["crc32"] == entries["crc32"]
+    is_same = local["crc32"] == directory.fields["crc32"]
     for size in (local["packed"], local["nbytes"]):
-        is_same &= (size == entries["nbytes"]) | (size == _ELSEWHERE)
+        is_same &= (size == directory.nbytes) | (size == _ELSEWHERE)
     is_header = (local["signature"] == int.from_bytes(SIGNATURE, "little")) & (local["method"] == 0)
-    agree: NDArray[bool_] = is_header & (local["flags"] == entries["flags"]) & (is_deferred | is_same)
+    agree: NDArray[bool_] = is_header & (local["flags"] == directory.fields["flags"]) & (is_deferred | is_same)
     return agree
 
 
-def _read_headers(path: Path, region: Region, offsets: NDArray[int64], lengths: NDArray[int64]) -> list[bytes]:
-    """``lengths`` bytes at each of ``offsets``, which ascend; those near one another are read at once, and no data."""
+def _read_headers(path: Path, region: Region, directory: _Directory) -> tuple[NDArray[void], NDArray[bool_]]:
+    """The local headers, and whether each comes with the name that the directory has for it."""
     import numpy
 
-    is_beyond = offsets > region.nbytes - lengths
-    _refuse(path, (is_beyond, lambda row: _cut_short(int(offsets[row]) + int(lengths[row]))))
-    stops = offsets + lengths
-    is_far = offsets[1:] - stops[:-1] > _NEAR_BYTES
-    firsts = numpy.flatnonzero(is_far | (offsets[1:] // _RUN_BYTES != offsets[:-1] // _RUN_BYTES)) + 1
-    spans = list(zip(offsets.tolist(), stops.tolist(), strict=True))
-    headers: list[bytes] = []
-    for first, last in pairwise([0, *firsts.tolist(), len(spans)]):
-        start = spans[first][0]
-        run = _pread(path, region, max(stop for _, stop in spans[first:last]) - start, start)
-        headers += [run[offset - start : stop - start] for offset, stop in spans[first:last]]
-    return headers
+    starts, lengths = directory.offset, directory.fields["name_length"].astype(numpy.int64) + _LOCAL_BYTES
+    is_beyond = starts > region.nbytes - lengths
+    _refuse(path, (is_beyond, lambda row: _cut_short(int(starts[row]) + int(lengths[row]))))
+    stops = starts + lengths
+    headers, has_name = [], []
+    for first in range(0, len(directory.names), _BATCH):
+        rows = slice(first, first + _BATCH)
+        data, positions = _read_near(path, region, starts[rows], stops[rows])
+        headers.append(_gather(data, positions, _LOCAL))
+        names = map(data.startswith, directory.names[rows], (positions + _LOCAL_BYTES).tolist())
+        has_name.append(numpy.fromiter(names, numpy.bool_, len(positions)))
+    return numpy.concatenate(headers), numpy.concatenate(has_name)
+
+
+def _read_near(
+    path: Path, region: Region, starts: NDArray[int64], stops: NDArray[int64]
+) -> tuple[bytes, NDArray[int64]]:
+    """The bytes from each of ``starts``, which ascend, to its stop, joined, and where in them each begins.
+
+    What lies near one another is read at once, since there may be many members without data; data is not read.
+    """
+    import numpy
+
+    firsts = numpy.append(0, numpy.flatnonzero(starts[1:] - stops[:-1] > _NEAR_BYTES) + 1)
+    run_starts, run_stops = starts[firsts], numpy.maximum.reduceat(stops, firsts)
+    runs = zip(run_starts.tolist(), run_stops.tolist(), strict=True)
+    data = b"".join([_pread(path, region, stop - start, start) for start, stop in runs])
+    lengths = run_stops - run_starts
+    shifts = run_starts - (numpy.cumsum(lengths) - lengths)
+    return data, starts - numpy.repeat(shifts, numpy.diff(firsts, append=len(starts)))
 
 
 def _pread(path: Path, region: Region, length: int, offset: int) -> bytes:
