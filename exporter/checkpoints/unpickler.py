@@ -134,6 +134,8 @@ class Unpickler:
             self._run()
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error) as error:
             raise PickleError(f"its pickle is not valid ({type(error).__name__})") from error
+        finally:
+            self._calls = {}  # They hold this object; without them it goes at once, with stream, memo and storages.
         if len(self._stack) != 1 or self._marked:
             raise PickleError("its pickle does not end with one value")
         (value,) = self._stack
