@@ -65,9 +65,7 @@ def ask_architecture(config: Mapping[str, Any], code: Mapping[str, bytes], *, tr
 
 
 def _describe(model: Any) -> Architecture:
-    import torch
-
-    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    state = _state(model)
     tied = _tied_names(model, state)
     disk = disk_origins(model, {name: tensor for name, tensor in state.items() if name not in tied})
     return Architecture(
@@ -88,6 +86,14 @@ def _describe(model: Any) -> Architecture:
         renamed=_forward_renaming(model, state),
         rope_types=_rope_types(model),
     )
+
+
+def _state(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of the state dict: the model's own, and not a new one for each."""
+    import torch
+
+    saved = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in saved.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _input_embedding(model: Any, disk: Mapping[str, Origin]) -> str | None:
@@ -146,5 +152,5 @@ def _forward_renaming(model: Any, state: Mapping[str, torch.Tensor]) -> Callable
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    known, prefix = dict(state), model.base_model_prefix
+    known, prefix = dict.fromkeys(state, True), model.base_model_prefix  # it asks whether a name is there, no more
     return lambda name: str(rename_source_key(name, renamings, [], prefix, known)[0])

@@ -137,10 +137,24 @@ def _on_meta(model_class: Any, parsed: Any) -> Any:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("meta"), _limited_parameters():
+        with torch.device("meta"), _uninitialized(), _limited_parameters():
             return model_class(parsed)
     finally:
         torch.set_default_dtype(default)
+
+
+def _uninitialized() -> Any:
+    """A torch mode that leaves out what ``torch.nn.init`` would do to tensors without values."""
+    from torch.overrides import TorchFunctionMode
+
+    class Uninitialized(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            named = kwargs or {}
+            if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in named and named["tensor"].is_meta:
+                return named["tensor"]
+            return func(*args, **named)
+
+    return Uninitialized()
 
 
 @contextmanager
