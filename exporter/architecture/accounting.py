@@ -46,8 +46,7 @@ def account(
         RefusedError: a tensor is laid out in its file in a way that it cannot be split in.
     """
     full = dict(tensors) | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
-    readings = (_Reading.of(architecture, renamed) for renamed in _renamings(architecture, full))
-    best = min(readings, key=lambda reading: reading.faults)
+    best = _best(_Reading.of(architecture, renamed) for renamed in _renamings(architecture, full))
     if is_trained_alone and len(best.missing) == best.faults > 0:
         raise CheckpointError(
             f"Frozen parameters of {architecture.class_name} were left out of the save: {_listed(best.missing)}.",
@@ -76,6 +75,14 @@ def _renamed(tensors: Mapping[str, LazyTensor], rename: Callable[[str], str]) ->
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     if len(renamed) == len(tensors):
         yield renamed
+
+
+def _best(readings: Iterator[_Reading]) -> _Reading:
+    """The first one with the fewest faults; once there is one without any, no more are made."""
+    best = next(readings)
+    while best.faults and (other := next(readings, None)):
+        best = min(best, other, key=lambda reading: reading.faults)
+    return best
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,8 @@ def _aliases(
     architecture: Architecture, tensors: Mapping[str, LazyTensor], in_memory: bool
 ) -> dict[str, tuple[LazyTensor, str]]:
     """The tensors under tied names, each with the name of its target."""
+    if not architecture.tied:
+        return {}
     places = {name: name for name in architecture.memory} if in_memory else _places(architecture)
     names = {name: name if name in architecture.tied else architecture.renamed(name) for name in tensors}
     return {
