@@ -51,7 +51,7 @@ class Inputs:
         Their names are those in its folder; ``base/`` stands before those of an adapter's base model. A file of
         weights that lies elsewhere goes by its own name.
         """
-        paths = frozenset().union(*(tensor.paths for tensor in tensors))
+        paths = frozenset().union(*{tensor.paths for tensor in tensors})
         found = {path: _look(path, _name(path, checkpoint)) for path in paths}
         return cls(dict(sorted(found.items(), key=lambda item: item[1].name)))
 

@@ -100,8 +100,8 @@ def prepare_model(options: Options, access: HubAccess, console: Console) -> Prep
     generation = edit_generation_config(generation_config, config, vocabulary)
     if generation is not None:
         texts["generation_config.json"] = dump_json(generation)
-    if planned.plan.index is not None:
-        texts[INDEX_NAME] = planned.plan.index
+    if (index := planned.plan.index) is not None:
+        texts[INDEX_NAME] = index
     return Prepared(checkpoint, vocabulary, planned, texts, elsewhere.commits)
 
 

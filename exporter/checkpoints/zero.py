@@ -6,6 +6,7 @@ Where the layout comes from: DeepSpeed 0.19.8 (``deepspeed/utils/zero_to_fp32.py
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -674,31 +675,43 @@ def _frozen(state: _StateFile) -> tuple[dict[str, tuple[int, ...]], Mapping[str,
     return shapes, fragments
 
 
+@dataclass(frozen=True)
+class _Ranks:
+    """Each rank's partitions, joined to one vector: what all ZeRO-3 parameters are pieces of."""
+
+    vectors: tuple[Vector, ...]
+
+    @functools.cached_property
+    def paths(self) -> frozenset[Path]:
+        return frozenset().union(*(vector.paths for vector in self.vectors))
+
+
 class PartitionedTensor(StoredTensor):
     """A ZeRO-3 parameter: ceil(numel / ranks) elements in each rank's vector, from ``start`` on; padding comes last.
 
     Its extents are worked out when they are asked for: a large model on many ranks has millions.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: DType, ranks: tuple[Vector, ...], start: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: DType, ranks: _Ranks, start: int) -> None:
         for name, value in (("shape", shape), ("dtype", dtype), ("ranks", ranks), ("start", start)):
             object.__setattr__(self, name, value)
 
-    ranks: tuple[Vector, ...]
+    ranks: _Ranks
     start: int
 
     @property
     def piece(self) -> int:
         """Number of elements in each rank's vector."""
-        return math.ceil(self.numel / len(self.ranks))
+        return math.ceil(self.numel / len(self.ranks.vectors))
 
     @property
     def paths(self) -> frozenset[Path]:
-        return frozenset().union(*(rank.paths for rank in self.ranks))
+        return self.ranks.paths
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        pieces = tuple(extent for rank in self.ranks for extent in rank.cut(self.start, self.start + self.piece))
+        stop = self.start + self.piece
+        pieces = tuple(extent for vector in self.ranks.vectors for extent in vector.cut(self.start, stop))
         return Vector(pieces).cut(0, self.numel)
 
 
@@ -709,9 +722,9 @@ def _stage3_parameters(states: Sequence[_StateFile], shards: Sequence[_StateFile
         for shard in shards
     )
     tensors: dict[str, LazyTensor] = {}
-    position = 0
+    joined, position = _Ranks(ranks), 0
     for name, shape in states[0].trained().items():
-        tensor = PartitionedTensor(shape, _dtype(ranks[0]), ranks, position)
+        tensor = PartitionedTensor(shape, _dtype(ranks[0]), joined, position)
         tensors[name] = tensor
         position += tensor.piece
     for shard, rank in zip(shards, ranks, strict=True):
