@@ -296,6 +296,7 @@ class _StateFile:
             _unexpected(self.name, f"{key} is not a list of mappings from names to shapes")
         return groups
 
+    @functools.cached_property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of all groups, in the order of ``param_shapes``."""
         return {name: shape for group in self.shapes("param_shapes") for name, shape in group.items()}
@@ -382,7 +383,7 @@ def _aliases(state: _StateFile) -> dict[str, str]:
     shared = state.value.get("shared_params") or {}
     if not isinstance(shared, dict) or not all(map(is_name, (*shared, *shared.values()))):
         _unexpected(state.name, "shared_params is not a mapping from names to names")
-    module, trained = state.tensors("module"), state.trained()
+    module, trained = state.tensors("module"), state.trained
     stored = {module[name]: name for name in trained if name in module and module[name].numel}
     same = {name: stored[tensor] for name, tensor in module.items() if name not in trained and tensor in stored}
     return same | shared
@@ -406,12 +407,12 @@ def _model_weights(folder: Path, states: Sequence[_StateFile]) -> Mapping[str, L
 def _is_partitioned(state: _StateFile) -> bool:
     """Whether the ``module`` of ZeRO-3 stands for parameters by empty tensors."""
     module = state.tensors("module")
-    return any(module[name].numel == 0 != math.prod(shape) for name, shape in state.trained().items() if name in module)
+    return any(module[name].numel == 0 != math.prod(shape) for name, shape in state.trained.items() if name in module)
 
 
 def _is_trained_alone(state: _StateFile) -> bool:
     """Whether the save holds trained parameters and buffers alone; without ZeRO nothing says which are trained."""
-    trained, frozen = state.trained(), state.shapes("frozen_param_shapes")
+    trained, frozen = state.trained, state.shapes("frozen_param_shapes")
     others = state.tensors("module").keys() - trained.keys() - _buffers(state).keys() - _aliases(state).keys()
     return bool(trained) and not others and not any(frozen)
 
@@ -438,7 +439,7 @@ def read_converted(folder: Path, name: str) -> Converted:
         RefusedError: the checkpoint is of a kind that cannot be exported.
     """
     whole = _read_whole(folder, name)
-    states, trained = whole.states, whole.states[0].trained()
+    states, trained = whole.states, whole.states[0].trained
     shard = read_state_file(folder / name / "zero" / "optimizer_state.pt")
     stage, ranks = _stage(shard), _partition_count(shard) or len(states)
     if (stage == 3) is not _is_partitioned(states[0]):
@@ -500,7 +501,7 @@ def _buffers(state: _StateFile) -> dict[str, LazyTensor]:
 
 def _untrained(state: _StateFile) -> dict[str, LazyTensor]:
     """What the optimizer has no part of: buffers, and parameters that are frozen, which stage 1 lists nowhere."""
-    others = _aliases(state).keys() | state.trained().keys()
+    others = _aliases(state).keys() | state.trained.keys()
     return {name: tensor for name, tensor in state.tensors("module").items() if name not in others}
 
 
@@ -723,7 +724,7 @@ def _stage3_parameters(states: Sequence[_StateFile], shards: Sequence[_StateFile
     )
     tensors: dict[str, LazyTensor] = {}
     joined, position = _Ranks(ranks), 0
-    for name, shape in states[0].trained().items():
+    for name, shape in states[0].trained.items():
         tensor = PartitionedTensor(shape, _dtype(ranks[0]), joined, position)
         tensors[name] = tensor
         position += tensor.piece
