@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from exporter.architecture import Architecture, account, ask_architecture
+from exporter.architecture.model import _uninitialized
 from exporter.errors import CheckpointError, RefusedError
 from exporter.tensors import DType, Extent, LazyTensor, SourceFiles, StoredTensor
 
@@ -174,6 +175,13 @@ def test_names_on_disk_stay(model: Saved) -> None:
     assert_saves(model, model.disk)
 
 
+def test_names_that_fit_are_not_tried_in_other_ways(saved: Callable[[str], Saved]) -> None:
+    model = saved("llama")
+    assert not model.architecture.tied
+    settled = replace(model.architecture, renamed=lambda name: pytest.fail(f"{name} was renamed"))
+    assert account(settled, model.memory, {}).weights.keys() == model.truth.keys()
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.module."])
 def test_what_wrappers_put_before_names_is_taken_off(prefix: str, model: Saved) -> None:
     assert_saves(model, {prefix + name: tensor for name, tensor in model.memory.items()})
@@ -302,6 +310,14 @@ def test_the_families_above_have_weights_that_stay_fp32(saved: Callable[[str], S
     wo = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     assert (t5.keeps_fp32(wo, DType.F16), t5.keeps_fp32(wo, DType.BF16)) == (True, False)
     assert xlnet.keeps_fp32("transformer.layer.0.rel_attn.q", DType.BF16)
+
+
+def test_tensors_without_values_are_not_initialized_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with _uninitialized():
+        assert torch.equal(torch.nn.init.constant_(torch.empty(3), 2.0), torch.full((3,), 2.0))
+    for name in ("_no_grad_uniform_", "_no_grad_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda *args: pytest.fail("a tensor was initialized"))
+    assert ask(transformers.LlamaConfig(**SIZES).to_dict() | {"architectures": ["LlamaForCausalLM"]}).memory
 
 
 def test_a_class_that_the_library_lacks_is_refused() -> None:

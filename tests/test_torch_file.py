@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import enum
+import gc
 import io
 import os
 import pickle
@@ -24,8 +25,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exporter.checkpoints import torch_file
+from exporter.checkpoints import archive, torch_file
 from exporter.checkpoints.torch_file import Reference, Storage, Stub, read_torch_file
+from exporter.checkpoints.unpickler import Unpickler
 from exporter.errors import CheckpointError, IncompleteCheckpointError
 from exporter.tensors import DType, LazyTensor, SourceFiles, StoredTensor, StridedTensor
 
@@ -289,6 +291,37 @@ def test_reading_imports_neither_torch_nor_a_class_of_the_file(tmp_path: Path) -
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1], timeout=60)
 
 
+def test_what_it_took_to_read_a_file_is_freed_without_the_collector(tmp_path: Path) -> None:
+    path = save({"a": torch.zeros(3), "b": OrderedDict(c=b"bytes")}, tmp_path / "x.pt")
+    gc.collect()
+    gc.disable()
+    try:
+        read_torch_file(path)
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, Unpickler | archive.Archive)]
+    finally:
+        gc.enable()
+
+
+def test_local_headers_are_read_many_at_once_and_data_between_them_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    pread = os.pread
+
+    def note(descriptor: int, length: int, offset: int) -> bytes:
+        lengths.append(length)
+        return pread(descriptor, length, offset)
+
+    many = save({str(number): torch.empty(0) for number in range(5000)}, tmp_path / "many.pt")
+    large = save({str(number): torch.zeros(100_000) for number in range(5)}, tmp_path / "large.pt")
+    monkeypatch.setattr(os, "pread", note)
+    assert len(read_torch_file(many).value) == 5000
+    assert len(lengths) < 20
+    lengths.clear()
+    assert len(read_torch_file(large).value) == 5
+    assert sum(lengths) < 10_000
+
+
 def test_the_root_is_the_name_under_which_the_file_was_saved(tmp_path: Path) -> None:
     path = save({}, tmp_path / "rank.0.pt")
     assert read_torch_file(path.rename(tmp_path / "rank.1.pt")).root == "rank.0"
@@ -472,6 +505,28 @@ def test_damaged_end_records_of_torch_are_refused(tmp_path: Path, offset: int, r
     assert reason in refusal(path)
 
 
+@pytest.mark.parametrize(("batch", "near"), [(4096, 512), (4, 512), (4, 20), (1, 0)])
+def test_a_member_is_checked_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, near: int
+) -> None:
+    monkeypatch.setattr(archive, "_BATCH", batch)
+    monkeypatch.setattr(archive, "_NEAR_BYTES", near)
+    path = write_archive(tmp_path / "x.pt", b"\x80\x02N.", {f"data/{number}": bytes(3 * number) for number in range(9)})
+    content = path.read_bytes()
+    assert read_torch_file(path).value is None
+    headers = [index for index in range(len(content)) if content.startswith(b"PK\x03\x04", index)]
+    assert len(headers) == 10
+    for header in headers:
+        for offset, reason in ((5, None), (6, "disagrees"), (26, "another member"), (33, "another member")):
+            damaged = bytearray(content)
+            damaged[header + offset] ^= 1
+            path.write_bytes(damaged)
+            if reason is None:
+                assert read_torch_file(path).value is None
+            else:
+                assert reason in refusal(path)
+
+
 def test_an_archive_with_a_comment_is_refused(tmp_path: Path) -> None:
     path = write_archive(tmp_path / "x.pt", b"\x80\x02N.")
     with zipfile.ZipFile(path, "a") as archive:
@@ -525,6 +580,28 @@ def test_zip64_archives_of_other_writers_are_read(tmp_path: Path) -> None:
         with archive.open("x/data/0", "w", force_zip64=True) as member:
             member.write(struct.pack("<2f", 1, 2))
     assert_same(read_torch_file(path).value["t"], torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("field", range(3), ids=["size", "compressed size", "offset"])
+@pytest.mark.parametrize("value", [2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
+def test_sizes_and_places_that_no_file_has_are_refused(tmp_path: Path, field: int, value: int) -> None:
+    path, pickled, wide = tmp_path / "x.pt", b"\x80\x02N.", (0xFFFFFFFF, 0xFFFFFFFF)
+    name, crc32 = b"x/data.pkl", zlib.crc32(b"\x80\x02N.")
+
+    def write(values: list[int]) -> None:
+        """An archive with all three in the zip64 field of its directory."""
+        local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 45, 0, 0, 0, 0, crc32, *wide, len(name), 0) + name + pickled
+        entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, 45, 0, 0, 0, 0, crc32, *wide, 10, 28, 0, 0, 0, 0, wide[0])
+        entry += name + struct.pack("<2H3Q", 1, 24, *values)
+        end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, len(entry), len(local), 0)
+        path.write_bytes(local + entry + end)
+
+    write([4, 4, 0])
+    assert read_torch_file(path).value is None
+    write([value if index == field else number for index, number in enumerate((4, 4, 0))])
+    refusal(path)
+    write([value, value, 0])
+    refusal(path)
 
 
 # Tensors that their storage does not hold

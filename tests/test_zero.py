@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exporter.checkpoints import Checkpoint, open_checkpoint
+from exporter.checkpoints import Checkpoint, open_checkpoint, zero
 from exporter.checkpoints.copies import is_constant
 from exporter.checkpoints.unpickler import Unpickler
 from exporter.errors import CheckpointError, ExportError, IncompleteCheckpointError, UsageError
@@ -622,10 +622,19 @@ def test_a_huge_checkpoint_is_opened_with_one_look_at_each_pickle_and_none_at_it
         parsed.append(self)
         return load_pickle(self)
 
+    checked: list[Any] = []
+
+    def note(group: Any) -> bool:
+        checked.append(group)
+        return are_shapes(group)
+
+    are_shapes = zero._is_shapes
+    monkeypatch.setattr(zero, "_is_shapes", note)
     monkeypatch.setattr(Unpickler, "load", count)
     monkeypatch.setattr(SourceFiles, "_read", lambda *args: pytest.fail("elements were read"))
     opened = open_checkpoint(tmp_path / "checkpoint")
     assert len(parsed) == 1 + ranks, "the ranks' model states have the same pickle"
+    assert len(checked) <= 2, "and so the same shapes"
     assert opened.master is not None
     assert sum(tensor.nbytes for tensor in opened.master.values()) == 4 * layers * width
 

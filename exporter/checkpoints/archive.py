@@ -69,7 +69,7 @@ class Archive:
 
     def member(self, name: str) -> Member | None:
         """The member of this name below the root; None where there is none."""
-        row = self.rows.get(f"{self.root}/{name}".encode(errors="surrogatepass"))
+        row = self.rows.get(f"{self.root}/{name}".encode())
         if row is None:
             return None
         crc32 = None if self.crc32 is None else int(self.crc32[row])
