@@ -582,26 +582,40 @@ def test_zip64_archives_of_other_writers_are_read(tmp_path: Path) -> None:
     assert_same(read_torch_file(path).value["t"], torch.tensor([1.0, 2.0]))
 
 
-@pytest.mark.parametrize("field", range(3), ids=["size", "compressed size", "offset"])
-@pytest.mark.parametrize("value", [2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1])
-def test_sizes_and_places_that_no_file_has_are_refused(tmp_path: Path, field: int, value: int) -> None:
-    path, pickled, wide = tmp_path / "x.pt", b"\x80\x02N.", (0xFFFFFFFF, 0xFFFFFFFF)
-    name, crc32 = b"x/data.pkl", zlib.crc32(b"\x80\x02N.")
+def write_zip64(path: Path, *values: tuple[int, int, int]) -> Path:
+    """Members of a pickle each; the directory has ``values`` (size, compressed size, place) in its zip64 fields."""
+    pickled, elsewhere = b"\x80\x02N.", 0xFFFFFFFF
+    crc32 = zlib.crc32(pickled)
+    members = directory = b""
+    for number, fields in enumerate(values):
+        name = b"x/data.pkl" if number == 0 else b"x/data/%03d" % number
+        lengths = crc32, elsewhere, elsewhere, len(name)
+        members += struct.pack("<4s5H3I2H", b"PK\x03\x04", 45, 0, 0, 0, 0, *lengths, 0) + name + pickled
+        directory += struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, 45, 0, 0, 0, 0, *lengths, 28, 0, 0, 0, 0, elsewhere)
+        directory += name + struct.pack("<2H3Q", 1, 24, *fields)
+    count, start = len(values), len(members)
+    end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, count, count, len(directory), start, 0)
+    path.write_bytes(members + directory + end)
+    return path
 
-    def write(values: list[int]) -> None:
-        """An archive with all three in the zip64 field of its directory."""
-        local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 45, 0, 0, 0, 0, crc32, *wide, len(name), 0) + name + pickled
-        entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, 45, 0, 0, 0, 0, crc32, *wide, 10, 28, 0, 0, 0, 0, wide[0])
-        entry += name + struct.pack("<2H3Q", 1, 24, *values)
-        end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, len(entry), len(local), 0)
-        path.write_bytes(local + entry + end)
 
-    write([4, 4, 0])
+@pytest.mark.parametrize("value", [2**32, 2**62, 2**63 - 45, 2**63 - 1, 2**63, 2**64 - 1])
+def test_sizes_and_places_that_no_file_has_are_refused(tmp_path: Path, value: int) -> None:
+    first, path = (4, 4, 0), tmp_path / "x.pt"
+    assert read_torch_file(write_zip64(path, first, (4, 4, 44))).value is None
+    assert "compressed" in refusal(write_zip64(path, first, (value, 4, 44))) or value >= 2**63
+    assert "compressed" in refusal(write_zip64(path, first, (4, value, 44))) or value >= 2**63
+    assert "where another begins" in refusal(write_zip64(path, first, (value, value, 44))) or value >= 2**63
+    assert "ends before byte" in refusal(write_zip64(path, first, (4, 4, value))) or value >= 2**63
+
+
+def test_the_directory_may_list_members_in_any_order(tmp_path: Path) -> None:
+    path = write_zip64(tmp_path / "x.pt", (4, 4, 0), (4, 4, 44), (4, 4, 88))
+    content = path.read_bytes()
+    *entries, end = (content[start : start + 84] for start in range(132, len(content), 84))
+    path.write_bytes(content[:132] + b"".join(reversed(entries)) + end)
+    assert path.read_bytes() != content
     assert read_torch_file(path).value is None
-    write([value if index == field else number for index, number in enumerate((4, 4, 0))])
-    refusal(path)
-    write([value, value, 0])
-    refusal(path)
 
 
 # Tensors that their storage does not hold
