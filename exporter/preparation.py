@@ -29,12 +29,12 @@ from exporter.facts import card_facts, given_texts
 from exporter.hub import HubAccess, known_tokens
 from exporter.inspection import describe
 from exporter.options import Options
+from exporter.page_cache import read_ahead
 from exporter.plan import INDEX_NAME, ExportPlan
 from exporter.processor import read_processor
 from exporter.report import Report
 from exporter.reward_model import as_reward_model
 from exporter.source import CodeElsewhere, open_kept_adapter, open_model
-from exporter.tensors import read_ahead
 from exporter.tokenizer import Vocabulary, settle_vocabulary
 from exporter.weights import PlannedWeights, plan_adapter, plan_weights
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from isal import isal_zlib
 
 from exporter.errors import OutputError, VerificationError
+from exporter.page_cache import release_bytes
 from exporter.plan import PlannedTensor, Shard
 from exporter.tensors import BLOCK_BYTES, Member, Piece, SourceFiles
 
@@ -115,14 +116,22 @@ def _portions(shard: Shard) -> Iterator[Portion]:
 
 
 def write_shard(
-    shard: Shard, folder: Path, workers: Executor, progress: Progress, check: Callable[[Batch], None] | None = None
+    shard: Shard,
+    folder: Path,
+    workers: Executor,
+    progress: Progress,
+    finish: Callable[[Batch], None] | None = None,
+    *,
+    keeps_cached: bool = True,
 ) -> WrittenShard:
-    """Write ``shard`` into ``folder``, flushed to the disk; its batches are written and then checked by ``workers``.
+    """Write ``shard`` into ``folder``, flushed to the disk; ``workers`` write its batches, and ``finish`` each of them.
+
+    Where nobody reads it soon (not ``keeps_cached``), the file leaves the page cache once it is hashed.
 
     Raises:
         CheckpointError: the source cannot be read.
         OutputError: the disk does not take the file.
-        VerificationError: the file does not give back what was written, or as ``check`` raises it.
+        VerificationError: the file does not give back what was written, or as ``finish`` raises it.
     """
     nonfinite: dict[str, NonFinite] = {}
     pieces: dict[Member, set[Piece]] = {}
@@ -133,10 +142,12 @@ def write_shard(
         with (folder / shard.name).open("rb", buffering=0) as file:
             digest = hashlib.sha256()
             _read_back(file, shard.name, len(header), isal_zlib.crc32(header), digest)
-            with _submitted(workers, shard, output, progress, check) as futures:
+            with _submitted(workers, shard, output, progress, finish) as futures:
                 for future in futures:
                     written = future.result()
                     _read_back(file, shard.name, written.nbytes, written.crc32, digest)
+                    if not keeps_cached:
+                        release_bytes(output, file.tell() - written.nbytes, written.nbytes)
                     _merge(written, nonfinite, pieces)
         _sync(output, shard.name)
     return WrittenShard(WrittenFile(shard.name, shard.size, digest.hexdigest()), nonfinite, pieces)
@@ -144,13 +155,13 @@ def write_shard(
 
 @contextmanager
 def _submitted(
-    workers: Executor, shard: Shard, output: int, progress: Progress, check: Callable[[Batch], None] | None
+    workers: Executor, shard: Shard, output: int, progress: Progress, finish: Callable[[Batch], None] | None
 ) -> Iterator[list[Future[_WrittenBatch]]]:
     """The batches being written. None of them is at work any more at the end, when ``output`` may be closed."""
     futures: list[Future[_WrittenBatch]] = []
     try:
         for batch in batches(shard):
-            futures.append(workers.submit(_write_batch, batch, shard.name, output, progress, check))
+            futures.append(workers.submit(_write_batch, batch, shard.name, output, progress, finish))
         yield futures
     finally:
         for future in futures:
@@ -169,7 +180,7 @@ class _WrittenBatch:
 
 
 def _write_batch(
-    batch: Batch, name: str, output: int, progress: Progress, check: Callable[[Batch], None] | None
+    batch: Batch, name: str, output: int, progress: Progress, finish: Callable[[Batch], None] | None
 ) -> _WrittenBatch:
     nonfinite: dict[str, NonFinite] = {}
     crc, position = 0, batch.offset
@@ -179,11 +190,10 @@ def _write_batch(
             crc = isal_zlib.crc32(block, crc)
             position += len(block)
             progress(len(block))
-    if hasattr(os, "posix_fadvise"):
-        # Linux takes it as the sign to begin with the writing; the final flush then finds little left to do.
-        os.posix_fadvise(output, batch.offset, position - batch.offset, os.POSIX_FADV_DONTNEED)
-    if check is not None:
-        check(batch)
+    # Linux takes it as the sign to begin with the writing; the final flush then finds little left to do.
+    release_bytes(output, batch.offset, position - batch.offset)
+    if finish is not None:
+        finish(batch)
     return _WrittenBatch(position - batch.offset, crc, nonfinite, files.pieces)
 
 

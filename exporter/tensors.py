@@ -8,15 +8,13 @@ not by a tensor.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import enum
 import functools
 import itertools
 import math
 import os
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 2 * 1024 * 1024
 """The most bytes that are read at once: what is done with them then finds them in the processor's cache."""
-
-READ_AHEAD_BYTES = 2 * 1024**3
-"""About what a disk gives while the libraries are imported."""
 
 SAMPLE_ELEMENTS = 4096
 """The most elements by which :func:`start_alike` compares."""
@@ -406,24 +401,6 @@ class SourceFiles:
                     "The file was cut short while it was read: copy it again.",
                 )
             done += count
-
-
-def read_ahead(tensors: Iterable[LazyTensor]) -> None:
-    """Let the system fetch the first :data:`READ_AHEAD_BYTES` of ``tensors`` into its page cache, and do not wait.
-
-    No more than advice: whoever reads a file that cannot be read will say so.
-    """
-    if hasattr(os, "posix_fadvise"):
-        threading.Thread(target=_read_ahead, args=(tensors,), daemon=True).start()
-
-
-def _read_ahead(tensors: Iterable[LazyTensor]) -> None:
-    left = READ_AHEAD_BYTES
-    for tensor in tensors:
-        for extent in tensor.extents if isinstance(tensor, StoredTensor) and left > 0 else ():
-            with contextlib.suppress(OSError), extent.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
-            left -= extent.nbytes
 
 
 def is_same(tensor: LazyTensor, other: LazyTensor | None) -> bool:

@@ -16,7 +16,8 @@ from exporter.hub import Push
 from exporter.inputs import Inputs
 from exporter.manifest import MANIFEST_NAME, Manifest
 from exporter.options import Options, content_options
-from exporter.plan import ExportPlan, Shard
+from exporter.page_cache import find_uncached, release
+from exporter.plan import ExportPlan, PlannedTensor, Shard
 from exporter.preparation import Prepared
 from exporter.publisher import outgoing
 from exporter.report import Report, package_versions
@@ -123,18 +124,23 @@ def _written_and_checked(
     if written is not None:
         return written
 
-    def check(batch: Batch) -> None:
-        check_batch(shard, batch, staging.folder, progress)
+    uncached = find_uncached(tensor.source for tensor in shard.tensors)
 
-    if options.verify == "files":
-        written = write_shard(shard, staging.folder, workers, progress)
-    else:
-        written = write_shard(shard, staging.folder, workers, progress, check)
+    def finish(batch: Batch) -> None:
+        if options.verify != "files":
+            check_batch(shard, batch, staging.folder, progress)
+        tensors = (portion.tensor for portion in batch.portions)
+        release((tensor.source for tensor in tensors if tensor.name not in planned.copies), uncached)
+
+    def compare(tensor: PlannedTensor) -> None:
+        master, copy = replace(tensor, source=_ungrown(tensor.source)), planned.copies[tensor.name]
+        check_copy(master, copy, progress)
+        release([master.source, copy], uncached)
+
+    written = write_shard(shard, staging.folder, workers, progress, finish, keeps_cached=_reads_again(options))
+    if options.verify != "files":
         check_names(shard, staging.folder)
-        copied = [tensor for tensor in shard.tensors if tensor.name in planned.copies]
-        masters = [replace(tensor, source=_ungrown(tensor.source)) for tensor in copied]
-        copies = [planned.copies[tensor.name] for tensor in copied]
-        list(workers.map(check_copy, masters, copies, itertools.repeat(progress)))
+        list(workers.map(compare, [tensor for tensor in shard.tensors if tensor.name in planned.copies]))
     staging.journal.add(written)
     return written
 
@@ -187,6 +193,11 @@ def _count(count: NonFinite) -> str:
 def _keeps_shards(options: Options) -> bool:
     """Whether a shard is needed after it was sent."""
     return options.output_folder is not None or options.verify == "load" or not options.publishes
+
+
+def _reads_again(options: Options) -> bool:
+    """Whether a finished shard is read once more: to be sent, or to be loaded."""
+    return options.publishes or options.rehearse or options.verify == "load"
 
 
 def needed_bytes(prepared: Prepared, options: Options) -> int:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import mmap
-import os
 import pickle
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,12 +24,10 @@ from exporter.tensors import (
     StridedTensor,
     Vector,
     is_same,
-    read_ahead,
     start_alike,
 )
 
 BLOCK = 64
-MIB = 1024 * 1024
 
 
 @pytest.fixture(autouse=True)
@@ -161,30 +155,3 @@ def test_the_start_of_a_view_is_compared_as_torch_sees_it(tmp_path: Path) -> Non
     strided = read_torch_file(tmp_path / "strided.bin").value["w"]
     assert start_alike(store(tmp_path / "same.bin", values.t().contiguous()), strided)
     assert not start_alike(store(tmp_path / "other.bin", values.t() + 1), strided)
-
-
-def test_what_is_read_ahead_is_in_the_page_cache_before_anybody_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(MIB))
-    tensor = StoredTensor((MIB // 4,), DType.F32, (Extent(path, 0, DType.F32, MIB // 4),))
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if cached_pages(path):
-        pytest.skip("this file system is memory itself")
-    read_ahead([tensor])
-    deadline = time.monotonic() + 10
-    while cached_pages(path) < MIB // mmap.PAGESIZE:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def cached_pages(path: Path) -> int:
-    """How many pages of a file are in the page cache, as the system says."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as content:
-        pages = (ctypes.c_ubyte * (len(content) // mmap.PAGESIZE))()
-        start = ctypes.c_char.from_buffer(content)
-        failed = ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(len(content)), pages)
-        del start
-    assert not failed
-    return sum(page & 1 for page in pages)
