@@ -20,6 +20,9 @@ from exporter.tensors import Extent, LazyTensor, StoredTensor, StridedTensor
 READ_AHEAD_BYTES = 2 * 1024**3
 """About what a disk gives while the libraries are imported."""
 
+STEP_BYTES = 128 * 1024
+"""Linux fetches no more for one advice than a disk's own read-ahead, which is seldom less than this."""
+
 
 def read_ahead(tensors: Iterable[LazyTensor]) -> None:
     """Let the system fetch the first :data:`READ_AHEAD_BYTES` of ``tensors``, and do not wait."""
@@ -30,8 +33,10 @@ def read_ahead(tensors: Iterable[LazyTensor]) -> None:
 def _read_ahead(tensors: Iterable[LazyTensor]) -> None:
     left = READ_AHEAD_BYTES
     for extent in _extents(tensors):
-        _advise(extent, os.POSIX_FADV_WILLNEED)
-        left -= extent.nbytes
+        with contextlib.suppress(OSError), extent.path.open("rb") as file:
+            for start in range(0, min(extent.nbytes, left), STEP_BYTES):
+                os.posix_fadvise(file.fileno(), extent.offset + start, STEP_BYTES, os.POSIX_FADV_WILLNEED)
+        left -= max(extent.nbytes, STEP_BYTES)
         if left <= 0:
             return
 
@@ -63,21 +68,16 @@ def _count_cached(path: Path, places: Sequence[int]) -> int:
 
 def release(tensors: Iterable[LazyTensor], files: Set[Path]) -> None:
     """Let the system take back the pages of ``tensors`` in ``files``, which are done with."""
-    if hasattr(os, "posix_fadvise"):
-        for extent in _extents(tensors):
-            if extent.path in files:
-                _advise(extent, os.POSIX_FADV_DONTNEED)
+    for extent in _extents(tensors):
+        if extent.path in files:
+            with contextlib.suppress(OSError), extent.path.open("rb") as file:
+                release_bytes(file.fileno(), extent.offset, extent.nbytes)
 
 
 def release_bytes(descriptor: int, offset: int, nbytes: int) -> None:
     """Let the system take back the pages of an open file that are on the disk."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
-
-
-def _advise(extent: Extent, advice: int) -> None:
-    with contextlib.suppress(OSError), extent.path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), extent.offset, extent.nbytes, advice)
 
 
 def _extents(tensors: Iterable[LazyTensor]) -> Iterator[Extent]:

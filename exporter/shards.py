@@ -84,7 +84,7 @@ class Batch:
 
 
 def block_workers(count: int | None) -> ThreadPoolExecutor:
-    """``count`` threads (None: about as many as cores) for work on blocks.
+    """``count`` threads (None: a few more than cores) for work on blocks.
 
     Blocks are small and lie side by side: torch's own threads would only wait for one another.
     """
@@ -211,7 +211,7 @@ def _read_back(file: BinaryIO, name: str, nbytes: int, crc32: int, digest: hashl
         raise VerificationError(f"{name} does not give back the bytes that were written to it.", DISK_HINT)
 
 
-DISK_HINT = "Nothing was published. Check the disk, and export again."
+DISK_HINT = "Do not use this export. Check the disk, and export again."
 
 
 def _merge(written: _WrittenBatch, nonfinite: dict[str, NonFinite], pieces: dict[Member, set[Piece]]) -> None:

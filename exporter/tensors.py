@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 2 * 1024 * 1024
 """The most bytes that are read at once: what is done with them then finds them in the processor's cache."""
 
+MAX_OPEN_FILES = 16
+"""The most source files that one reader holds open: many ranks times many threads are more than a process may have."""
+
 SAMPLE_ELEMENTS = 4096
 """The most elements by which :func:`start_alike` compares."""
 
@@ -344,7 +347,7 @@ def _row_pieces(block: torch.Tensor, position: int, width: int) -> Sequence[torc
 
 @dataclass
 class SourceFiles:
-    """The source files that one reader holds open, and the buffer that it reads into.
+    """The source files that one reader holds open, the last :data:`MAX_OPEN_FILES`, and the buffer that it reads into.
 
     ``pieces`` are the checksums of what was read of each archive member that has one, unless ``checksums`` is False.
     """
@@ -387,9 +390,7 @@ class SourceFiles:
         done = 0
         while done < len(into):
             try:
-                if path not in self._descriptors:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                count = os.preadv(self._descriptors[path], [into[done:]], offset + done)
+                count = os.preadv(self._descriptor(path), [into[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(
                     f"{path.name} cannot be read at byte {offset + done}: {error.strerror}",
@@ -401,6 +402,13 @@ class SourceFiles:
                     "The file was cut short while it was read: copy it again.",
                 )
             done += count
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self._descriptors:
+            if len(self._descriptors) == MAX_OPEN_FILES:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            self._descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._descriptors[path]
 
 
 def is_same(tensor: LazyTensor, other: LazyTensor | None) -> bool:

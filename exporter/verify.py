@@ -50,6 +50,8 @@ def check_file(file: WrittenFile, folder: Path, progress: Progress = uncounted) 
     """
     path = folder / file.path
     digest = hashlib.sha256()
+    if path.exists() and not path.is_file():
+        raise VerificationError(f"{file.path} is not a file.", DISK_HINT)
     try:
         with path.open("rb") as opened:
             while block := opened.read(BLOCK_BYTES):

@@ -16,19 +16,19 @@ from benchmarks.synthetic import Model, write_pretrained
 from exporter.page_cache import find_uncached, read_ahead, release
 from exporter.tensors import DType, Extent, StoredTensor
 
-MIB = 1024 * 1024
-PAGES = MIB // mmap.PAGESIZE
+SIZE = 64 * 1024 * 1024
+PAGES = SIZE // mmap.PAGESIZE
 
 
 @pytest.fixture
 def tensor(tmp_path: Path) -> StoredTensor:
     """A tensor in a file of its own, which is not in the page cache."""
     path = tmp_path / "weights"
-    path.write_bytes(bytes(MIB))
+    path.write_bytes(bytes(SIZE))
     drop(path)
     if cached_pages(path):
         pytest.skip("this file system is memory itself")
-    return StoredTensor((MIB // 4,), DType.F32, (Extent(path, 0, DType.F32, MIB // 4),))
+    return StoredTensor((SIZE // 4,), DType.F32, (Extent(path, 0, DType.F32, SIZE // 4),))
 
 
 def drop(path: Path) -> None:

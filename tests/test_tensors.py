@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from exporter import tensors
 from exporter.checkpoints.torch_file import read_torch_file
 from exporter.errors import CheckpointError
 from exporter.tensors import (
+    MAX_OPEN_FILES,
     DType,
     Extent,
     GrownTensor,
@@ -155,3 +157,17 @@ def test_the_start_of_a_view_is_compared_as_torch_sees_it(tmp_path: Path) -> Non
     strided = read_torch_file(tmp_path / "strided.bin").value["w"]
     assert start_alike(store(tmp_path / "same.bin", values.t().contiguous()), strided)
     assert not start_alike(store(tmp_path / "other.bin", values.t() + 1), strided)
+
+
+def test_a_reader_of_many_ranks_holds_few_files_open(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{rank}.bin" for rank in range(3 * MAX_OPEN_FILES)]
+    for rank, path in enumerate(paths):
+        path.write_bytes(bytes([rank]) * 4)
+    tensor = StoredTensor((4 * len(paths),), DType.U8, tuple(Extent(path, 0, DType.U8, 4) for path in paths))
+    before = len(os.listdir("/proc/self/fd"))
+    with SourceFiles() as files:
+        for _ in range(2):
+            content = torch.cat([block.clone() for block in tensor.blocks(files)])
+            assert content.tolist() == [rank for rank in range(len(paths)) for _ in range(4)]
+            assert len(os.listdir("/proc/self/fd")) <= before + MAX_OPEN_FILES
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -97,6 +98,14 @@ def test_a_file_that_is_gone_is_named(written: tuple[Shard, WrittenShard], tmp_p
         check_file(made.file, tmp_path)
     with pytest.raises(VerificationError, match=shard.name):
         check_shard(shard, tmp_path, workers, uncounted)
+
+
+def test_what_is_no_file_is_not_waited_for(written: tuple[Shard, WrittenShard], tmp_path: Path) -> None:
+    shard, made = written
+    (tmp_path / shard.name).unlink()
+    os.mkfifo(tmp_path / shard.name)
+    with pytest.raises(VerificationError, match=f"{shard.name} is not a file"):
+        check_file(made.file, tmp_path)
 
 
 @pytest.mark.parametrize(

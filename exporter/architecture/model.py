@@ -144,7 +144,7 @@ def _on_meta(model_class: Any, parsed: Any) -> Any:
 
 
 def _uninitialized() -> Any:
-    """A torch mode that leaves out what ``torch.nn.init`` would do to tensors without values."""
+    """A torch mode that leaves out most of what ``torch.nn.init`` would do to tensors without values."""
     from torch.overrides import TorchFunctionMode
 
     class Uninitialized(TorchFunctionMode):  # type: ignore[misc]

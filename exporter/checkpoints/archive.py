@@ -27,15 +27,31 @@ MAX_DIRECTORY_BYTES = 256 * 1024 * 1024
 MAX_MEMBERS = 2**20
 
 _COMMON = [
-    *[("version", "<u2"), ("flags", "<u2"), ("method", "<u2"), ("time", "<u2"), ("date", "<u2"), ("crc32", "<u4")],
-    *[("packed", "<u4"), ("nbytes", "<u4"), ("name_length", "<u2"), ("extra_length", "<u2")],
+    ("version", "<u2"),
+    ("flags", "<u2"),
+    ("method", "<u2"),
+    ("time", "<u2"),
+    ("date", "<u2"),
+    ("crc32", "<u4"),
+    ("packed", "<u4"),
+    ("nbytes", "<u4"),
+    ("name_length", "<u2"),
+    ("extra_length", "<u2"),
 ]
 _LOCAL = [("signature", "<u4"), *_COMMON]
 _ENTRY = [
-    *[("signature", "<u4"), ("made_by", "<u2"), *_COMMON, ("comment_length", "<u2"), ("disk", "<u2")],
-    *[("internal", "<u2"), ("attributes", "<u4"), ("offset", "<u4")],
+    ("signature", "<u4"),
+    ("made_by", "<u2"),
+    *_COMMON,
+    ("comment_length", "<u2"),
+    ("disk", "<u2"),
+    ("internal", "<u2"),
+    ("attributes", "<u4"),
+    ("offset", "<u4"),
 ]
-"""What stands before the name, as numpy reads it: ``packed`` is the compressed size, ``offset`` the local header's."""
+"""What stands before the name in a local header and in an entry of the directory, as numpy reads it.
+
+``packed`` is the compressed size, ``offset`` that of the local header."""
 
 _LOCAL_BYTES, _ENTRY_BYTES = 30, 46
 _LENGTHS, _LENGTHS_AT = struct.Struct("<3H"), 28
@@ -48,9 +64,11 @@ _DESCRIPTOR_FLAG, _UTF8_FLAG = 0x0008, 0x0800
 _ELSEWHERE = 0xFFFFFFFF
 """Stands in a 32-bit field whose value is in the zip64 extra field."""
 
-_BATCH = 4096
+_BATCH, _BATCH_BYTES = 4096, 4 * 1024 * 1024
+"""The most local headers, and about the most bytes of them, that are looked at at a time."""
+
 _NEAR_BYTES = 512
-"""Local headers are looked at ``_BATCH`` at a time, and read at once where there is no more than this between them."""
+"""Local headers are read at once where there is no more than this between them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +245,8 @@ def _find_root(path: Path, names: Sequence[bytes]) -> str:
             f"{path.name} is a TorchScript archive, which holds a program; expected a file of torch.save.",
             "Load it with torch.jit.load and save its state_dict() with torch.save.",
         )
-    _decode(path, b"\0".join(names))  # which is UTF-8 where each name is
+    for name in names:
+        _decode(path, name)
     strays = names if root in (b"", b".", b"..") else [name for name in names if not name.startswith(prefix)]
     if strays:
         damaged(path, f"its member {_quoted(strays[0])} does not lie in one folder with the others")
@@ -332,8 +351,9 @@ def _read_headers(path: Path, region: Region, directory: _Directory) -> tuple[ND
     _refuse(path, (is_beyond, lambda row: _cut_short(int(starts[row]) + int(lengths[row]))))
     stops = starts + lengths
     headers, has_name = [], []
-    for first in range(0, len(directory.names), _BATCH):
-        rows = slice(first, first + _BATCH)
+    count = max(min(_BATCH, _BATCH_BYTES // int(lengths.max(initial=1))), 1)
+    for first in range(0, len(directory.names), count):
+        rows = slice(first, first + count)
         data, positions = _read_near(path, region, starts[rows], stops[rows])
         headers.append(_gather(data, positions, _LOCAL))
         names = map(data.startswith, directory.names[rows], (positions + _LOCAL_BYTES).tolist())
