@@ -432,6 +432,14 @@ def test_a_part_of_a_large_file_is_sent_again_and_all_parts_arrive(
     assert lfs_hub.read(trial.repo_id, "model.safetensors") == large.source.read_bytes()
 
 
+@pytest.mark.parametrize("effect", [Drop(), Truncate()], ids=str)
+def test_a_hub_that_goes_down_while_it_takes_large_files_cannot_be_reached(
+    lfs_hub: RehearsalHub, prepared: Prepare, effect: Effect
+) -> None:
+    number = number_of("PUT *", requests_of(prepared(lfs_hub, FIRST)))
+    try_at(prepared(lfs_hub, FIRST), number, effect, {8}, times=None)
+
+
 # Other people, other times
 
 

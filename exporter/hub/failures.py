@@ -101,7 +101,7 @@ def translate(error: Exception, action: str, token: str) -> ExportError:
         return known
     status = _status(error)
     if status is None:
-        return _without_answer(error, action, token)
+        return _without_answer(_origin(error), action, token)
     verdict = _verdict(status, _answer(error))
     answer = _one_line(_answer(error), token)
     return verdict.kind(f"The Hub did not {action}: status {status}{', ' + answer if answer else ''}", verdict.hint)
@@ -146,6 +146,12 @@ def _without_answer(error: Exception, action: str, token: str) -> ExportError:
         f"The Hub's answer makes no sense while trying to {action}: {_one_line(str(error), token)}",
         "Check HF_ENDPOINT: it must name a Hub that huggingface_hub can talk to.",
     )
+
+
+def _origin(error: Exception) -> Exception:
+    """``error`` itself, or what the client hides in a RuntimeError: all that stops a large file on its way over LFS."""
+    cause = error.__cause__
+    return cause if isinstance(error, RuntimeError) and isinstance(cause, Exception) else error
 
 
 def _answer(error: BaseException) -> str:
