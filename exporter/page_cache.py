@@ -1,8 +1,9 @@
 """The page cache: what is fetched before it is read, and given back when it is done with.
 
-An export leaves the page cache as it found it, but for what was read ahead. A checkpoint may be larger than the memory,
-and would push out what others read; and to find new memory for every block can take the system longer than the reading.
-All of this is advice: no system has to follow it, and a file that cannot be opened is left to its reader to report.
+What an export brings in of the checkpoint goes out again, but for what was read ahead; what was there before stays. A
+checkpoint may be larger than the memory, and would push out what others read; and to find new memory for every block
+can take the system longer than the reading. All of this is advice: no system has to follow it, and a file that cannot
+be opened is left to its reader to report.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 from exporter.tensors import Extent, LazyTensor, StoredTensor, StridedTensor
@@ -24,15 +25,15 @@ STEP_BYTES = 128 * 1024
 """Linux fetches no more for one advice than a disk's own read-ahead, which is seldom less than this."""
 
 
-def read_ahead(tensors: Iterable[LazyTensor]) -> None:
-    """Let the system fetch the first :data:`READ_AHEAD_BYTES` of ``tensors``, and do not wait."""
+def read_ahead(tensors: Collection[LazyTensor]) -> None:
+    """Let the system fetch the first :data:`READ_AHEAD_BYTES` of ``tensors`` that are not there, and do not wait."""
     if hasattr(os, "posix_fadvise"):
         threading.Thread(target=_read_ahead, args=(tensors,), daemon=True).start()
 
 
-def _read_ahead(tensors: Iterable[LazyTensor]) -> None:
+def _read_ahead(tensors: Collection[LazyTensor]) -> None:
     left = READ_AHEAD_BYTES
-    for extent in _extents(tensors):
+    for extent in _extents_in(tensors, find_uncached(tensors)):
         with contextlib.suppress(OSError), extent.path.open("rb") as file:
             for start in range(0, min(extent.nbytes, left), STEP_BYTES):
                 os.posix_fadvise(file.fileno(), extent.offset + start, STEP_BYTES, os.POSIX_FADV_WILLNEED)
@@ -68,16 +69,14 @@ def _count_cached(path: Path, places: Sequence[int]) -> int:
 
 def release(tensors: Iterable[LazyTensor], files: Set[Path]) -> None:
     """Let the system take back the pages of ``tensors`` in ``files``, which are done with."""
-    for extent in _extents(tensors):
-        if extent.path in files:
-            with contextlib.suppress(OSError), extent.path.open("rb") as file:
-                release_bytes(file.fileno(), extent.offset, extent.nbytes)
-
-
-def release_bytes(descriptor: int, offset: int, nbytes: int) -> None:
-    """Let the system take back the pages of an open file that are on the disk."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        for extent in _extents_in(tensors, files):
+            with contextlib.suppress(OSError), extent.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), extent.offset, extent.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _extents_in(tensors: Iterable[LazyTensor], files: Set[Path]) -> Iterator[Extent]:
+    return (extent for extent in _extents(tensors) if extent.path in files)
 
 
 def _extents(tensors: Iterable[LazyTensor]) -> Iterator[Extent]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, BinaryIO
 from isal import isal_zlib
 
 from exporter.errors import OutputError, VerificationError
-from exporter.page_cache import release_bytes
 from exporter.plan import PlannedTensor, Shard
 from exporter.tensors import BLOCK_BYTES, Member, Piece, SourceFiles
 
@@ -116,17 +115,9 @@ def _portions(shard: Shard) -> Iterator[Portion]:
 
 
 def write_shard(
-    shard: Shard,
-    folder: Path,
-    workers: Executor,
-    progress: Progress,
-    finish: Callable[[Batch], None] | None = None,
-    *,
-    keeps_cached: bool = True,
+    shard: Shard, folder: Path, workers: Executor, progress: Progress, finish: Callable[[Batch], None] | None = None
 ) -> WrittenShard:
     """Write ``shard`` into ``folder``, flushed to the disk; ``workers`` write its batches, and ``finish`` each of them.
-
-    Where nobody reads it soon (not ``keeps_cached``), the file leaves the page cache once it is hashed.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -146,8 +137,6 @@ def write_shard(
                 for future in futures:
                     written = future.result()
                     _read_back(file, shard.name, written.nbytes, written.crc32, digest)
-                    if not keeps_cached:
-                        release_bytes(output, file.tell() - written.nbytes, written.nbytes)
                     _merge(written, nonfinite, pieces)
         _sync(output, shard.name)
     return WrittenShard(WrittenFile(shard.name, shard.size, digest.hexdigest()), nonfinite, pieces)
@@ -190,8 +179,9 @@ def _write_batch(
             crc = isal_zlib.crc32(block, crc)
             position += len(block)
             progress(len(block))
-    # Linux takes it as the sign to begin with the writing; the final flush then finds little left to do.
-    release_bytes(output, batch.offset, position - batch.offset)
+    if hasattr(os, "posix_fadvise"):
+        # Linux takes it as the sign to begin with the writing; the final flush then finds little left to do.
+        os.posix_fadvise(output, batch.offset, position - batch.offset, os.POSIX_FADV_DONTNEED)
     if finish is not None:
         finish(batch)
     return _WrittenBatch(position - batch.offset, crc, nonfinite, files.pieces)

@@ -137,7 +137,7 @@ def _written_and_checked(
         check_copy(master, copy, progress)
         release([master.source, copy], uncached)
 
-    written = write_shard(shard, staging.folder, workers, progress, finish, keeps_cached=_reads_again(options))
+    written = write_shard(shard, staging.folder, workers, progress, finish)
     if options.verify != "files":
         check_names(shard, staging.folder)
         list(workers.map(compare, [tensor for tensor in shard.tensors if tensor.name in planned.copies]))
@@ -193,11 +193,6 @@ def _count(count: NonFinite) -> str:
 def _keeps_shards(options: Options) -> bool:
     """Whether a shard is needed after it was sent."""
     return options.output_folder is not None or options.verify == "load" or not options.publishes
-
-
-def _reads_again(options: Options) -> bool:
-    """Whether a finished shard is read once more: to be sent, or to be loaded."""
-    return options.publishes or options.rehearse or options.verify == "load"
 
 
 def needed_bytes(prepared: Prepared, options: Options) -> int:

@@ -70,7 +70,7 @@ def test_what_was_fetched_is_given_back_and_what_was_there_stays(tensor: StoredT
     assert cached_pages(path) == 0
 
 
-def test_an_export_leaves_the_page_cache_as_it_found_it(
+def test_a_checkpoint_is_in_the_page_cache_after_an_export_if_it_was_before(
     export: Callable[..., tuple[Path, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("exporter.preparation.read_ahead", lambda tensors: None)
