@@ -115,7 +115,7 @@ def _portions(shard: Shard) -> Iterator[Portion]:
 
 
 def write_shard(
-    shard: Shard, folder: Path, workers: Executor, progress: Progress, finish: Callable[[Batch], None] | None = None
+    shard: Shard, folder: Path, workers: Executor, progress: Progress, finish: Callable[[Batch], None]
 ) -> WrittenShard:
     """Write ``shard`` into ``folder``, flushed to the disk; ``workers`` write its batches, and ``finish`` each of them.
 
@@ -144,7 +144,7 @@ def write_shard(
 
 @contextmanager
 def _submitted(
-    workers: Executor, shard: Shard, output: int, progress: Progress, finish: Callable[[Batch], None] | None
+    workers: Executor, shard: Shard, output: int, progress: Progress, finish: Callable[[Batch], None]
 ) -> Iterator[list[Future[_WrittenBatch]]]:
     """The batches being written. None of them is at work any more at the end, when ``output`` may be closed."""
     futures: list[Future[_WrittenBatch]] = []
@@ -169,7 +169,7 @@ class _WrittenBatch:
 
 
 def _write_batch(
-    batch: Batch, name: str, output: int, progress: Progress, finish: Callable[[Batch], None] | None
+    batch: Batch, name: str, output: int, progress: Progress, finish: Callable[[Batch], None]
 ) -> _WrittenBatch:
     nonfinite: dict[str, NonFinite] = {}
     crc, position = 0, batch.offset
@@ -182,8 +182,7 @@ def _write_batch(
     if hasattr(os, "posix_fadvise"):
         # Linux takes it as the sign to begin with the writing; the final flush then finds little left to do.
         os.posix_fadvise(output, batch.offset, position - batch.offset, os.POSIX_FADV_DONTNEED)
-    if finish is not None:
-        finish(batch)
+    finish(batch)
     return _WrittenBatch(position - batch.offset, crc, nonfinite, files.pieces)
 
 

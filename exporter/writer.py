@@ -124,7 +124,9 @@ def _written_and_checked(
     if written is not None:
         return written
 
-    uncached = find_uncached(tensor.source for tensor in shard.tensors)
+    copied = [tensor for tensor in shard.tensors if tensor.name in planned.copies]
+    sources = [tensor.source for tensor in shard.tensors] + [planned.copies[tensor.name] for tensor in copied]
+    uncached = find_uncached(sources)
 
     def finish(batch: Batch) -> None:
         if options.verify != "files":
@@ -140,7 +142,7 @@ def _written_and_checked(
     written = write_shard(shard, staging.folder, workers, progress, finish)
     if options.verify != "files":
         check_names(shard, staging.folder)
-        list(workers.map(compare, [tensor for tensor in shard.tensors if tensor.name in planned.copies]))
+        list(workers.map(compare, copied))
     staging.journal.add(written)
     return written
 

@@ -132,7 +132,13 @@ def test_a_tensor_that_cannot_grow_with_the_vocabulary_is_refused(export: Export
         export(Case("custom-zero2").checkpoint, trust_remote_code=True, prompt_format="oasst")
 
 
-@pytest.mark.parametrize("body", ["raise NotImplementedError", "return self.nothing"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param("raise NotImplementedError", id="as the library says it"),
+        pytest.param("return self.lm_head.get_input_embeddings()", id="it asks a part that has none"),
+    ],
+)
 def test_tokens_are_added_only_where_the_class_says_what_the_embedding_is(
     body: str, export: Export, tmp_path: Path
 ) -> None:

@@ -42,11 +42,11 @@ def write_with(
     shard: Shard,
     folder: Path,
     progress: Progress = lambda count: None,
-    check: Callable[[Batch], None] | None = None,
+    finish: Callable[[Batch], None] = lambda batch: None,
 ) -> WrittenShard:
     """``shard`` written by ``jobs`` threads."""
     with ThreadPoolExecutor(jobs) as workers:
-        return write_shard(shard, folder, workers, progress, check)
+        return write_shard(shard, folder, workers, progress, finish)
 
 
 def write(sources: dict[str, LazyTensor], dtype: DType, folder: Path) -> WrittenShard:
@@ -208,7 +208,7 @@ def test_what_is_not_finite_is_counted_over_all_batches(tmp_path: Path) -> None:
 def test_batches_are_written_at_the_same_time(tmp_path: Path) -> None:
     shard, _ = shard_of_all_sizes(tmp_path)
     both = threading.Barrier(2)
-    write_with(2, shard, tmp_path, check=lambda batch: both.wait(10) if batch.offset < 2000 else None)
+    write_with(2, shard, tmp_path, finish=lambda batch: both.wait(10) if batch.offset < 2000 else None)
 
 
 def test_no_batch_is_at_work_after_one_has_failed(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_file_that_does_not_give_back_what_was_written_is_found(tmp_path: Path
             file.write(bytes([byte ^ 16]))
 
     with pytest.raises(VerificationError, match="does not give back"):
-        write_with(2, shard, tmp_path, check=flip)
+        write_with(2, shard, tmp_path, finish=flip)
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o000, 0o644)])
@@ -272,7 +272,7 @@ source = {"x": StoredTensor((2**20,), DType.F32, (Extent(folder / "x", 0, DType.
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 workers = ThreadPoolExecutor(2)
 writes = [
-    lambda: write_shard(shard, folder, workers, lambda count: None),
+    lambda: write_shard(shard, folder, workers, lambda count: None, lambda batch: None),
     lambda: write_file("big", bytes(2**21), folder),
 ]
 for write in writes:

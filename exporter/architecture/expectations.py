@@ -100,7 +100,8 @@ def _input_embedding(model: Any, disk: Mapping[str, Origin]) -> str | None:
     """The name on disk of the input embedding; None for a model that has none."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (AttributeError, NotImplementedError):  # what the library's, and custom, classes without one raise
+    except (AttributeError, NotImplementedError):
+        # The library's classes without one raise the latter; a custom class that asks a part without one, the former.
         return None
     names = {name for name, own in model.named_parameters(remove_duplicate=False) if own is weight}
     return next((name for name, origin in disk.items() if origin.name in names), None)
